@@ -397,6 +397,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return self.idle.pop()[1]
         return None
 
+    def close(self) -> None:
+        """Close the kept connections."""
+        while self.idle:
+            self.idle.pop()[1].close()
+
 
 def trouble(call: str, response: Response) -> str:
     """Why an answer says more of the server than of the call, so that no caller may see it; "" if it is fine."""
@@ -526,19 +531,20 @@ class Cluster:
         entries = load_servers(self.path)
         with self.lock:
             known = {str(server): server for server in self.servers}
-            self.servers = [known.get(entry.host) or Server(entry) for entry in entries]
+            self.servers = [known.pop(entry.host) if entry.host in known else Server(entry) for entry in entries]
             for server, entry in zip(self.servers, entries):
                 server.entry = entry
             self.turns = itertools.cycle(interleaved(self.servers))
-            self.meetings = {key: known for key, known in self.meetings.items() if known.server in self.servers}
+            self.meetings = {key: meeting for key, meeting in self.meetings.items() if meeting.server in self.servers}
+        for server in known.values():
+            server.connections.close()
 
     def usable(self) -> list[Server]:
         """The servers to ask what any server may answer; a silent one only if there is no other."""
         up = [server for server in self.servers if server.down_since is None]
         return [server for server in up if server.usable] or up
 
-    def ask(self, servers: Iterable[Server], call: str, query: str = "",
-            patience: float = PATIENCE) -> Iterator[tuple[Server, Response]]:
+    def ask(self, servers: Iterable[Server], call: str, query: str, patience: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
         asked = {server.pool.submit(server.call, call, query): server for server in servers}
         try:
@@ -579,7 +585,7 @@ class Cluster:
 
     def probe(self, meeting_id: str, servers: Iterable[Server]) -> Server | None:
         """The first of these servers to answer that it has the meeting, which is then remembered."""
-        for server, response in self.ask(servers, "getMeetingInfo", f"meetingID={quote_plus(meeting_id)}"):
+        for server, response in self.ask(servers, "getMeetingInfo", f"meetingID={quote_plus(meeting_id)}", PATIENCE):
             ids = {response.xml.findtext("meetingID"), response.xml.findtext("internalMeetingID")}
             if response.success and meeting_id in ids:      # BBB also takes the beginning of an internal ID for it
                 self.remember(server, meeting_id, response.xml)
@@ -618,7 +624,7 @@ class Cluster:
         """Ask every server which meetings it runs: that shows which are up, and where each meeting is."""
         asked = time.monotonic()
         listed: dict[str, list[Server]] = {}
-        for server, response in self.ask(self.servers, "getMeetings", patience=patience):
+        for server, response in self.ask(self.servers, "getMeetings", "", patience):
             if not response.success:
                 server.failed(f"getMeetings failed: {response.xml.findtext('messageKey')}")
                 continue
@@ -694,7 +700,8 @@ def relay(cluster: Cluster, request: Request) -> Response:
         return relay_anywhere(cluster, request, why)
     asked = time.monotonic()
     response = pass_on(server, request, why)
-    denied = response.xml.findtext("returncode") == "FAILED" or response.xml.findtext("running") == "false"
+    denied = response.xml.findtext("returncode") == "FAILED" or (
+        request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
     if denied and not cluster.probe(request.meeting_id, [server]):      # else it has the meeting: its answer is right
         cluster.forget(request.meeting_id, server, asked)
         other, _ = cluster.find(request.meeting_id)
@@ -758,7 +765,7 @@ def place(cluster: Cluster, request: Request) -> Response:
     return response
 
 
-def ask_all(cluster: Cluster, call: str, query: str, patience: float = ANSWER_TIMEOUT) -> dict[Server, Response]:
+def ask_all(cluster: Cluster, call: str, query: str, patience: float) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
     answers = dict(cluster.ask(cluster.usable(), call, query, patience))
     if not answers:
@@ -785,7 +792,7 @@ def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, R
     Raises Unavailable if one of them gives no list, unless every recordID of the request is in the lists of the
     others: a front end takes a recording that is missing in a SUCCESS for deleted.
     """
-    answers = ask_all(cluster, "getRecordings", query)
+    answers = ask_all(cluster, "getRecordings", query, CONNECT_TIMEOUT + ANSWER_TIMEOUT)
     found = {item.findtext("recordID") for response in answers.values() for item in response.xml.iter("recording")}
     paged = "limit" in request.params       # without IDs BBB may have to refuse the whole list; it does so by an empty one
     lists = [response for response in answers.values()
@@ -830,7 +837,7 @@ def hooks(cluster: Cluster, request: Request) -> Response:
     """A hook is made, listed and removed on all servers that have webhooks, and shown as one."""
     if request.call == "hooks/destroy":
         return destroy_hook(cluster, request)
-    answers = ask_all(cluster, request.call, request.query)
+    answers = ask_all(cluster, request.call, request.query, CONNECT_TIMEOUT + ANSWER_TIMEOUT)
     request.chosen = f"{len(answers)} of {len(cluster.servers)} servers"
     response = best(answers.values())
     for element in (element for answer in answers.values() for element in answer.xml.iter()):
@@ -848,7 +855,8 @@ def destroy_hook(cluster: Cluster, request: Request) -> Response:
     """Remove the hook of this ID from every server, each of which knows it by another."""
     if not request.params.get("hookID"):
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
-    found = [(server, hook.findtext("hookID", "")) for server, response in ask_all(cluster, "hooks/list", "").items()
+    answers = ask_all(cluster, "hooks/list", "", CONNECT_TIMEOUT + ANSWER_TIMEOUT)
+    found = [(server, hook.findtext("hookID", "")) for server, response in answers.items()
              for hook in response.xml.iter("hook") if hook_id(hook.findtext("callbackURL", "")) == request.params["hookID"]]
     if not found:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")

@@ -1,0 +1,1119 @@
+#!/usr/bin/env python3
+"""Tests of tinyscale, on fake BigBlueButton servers over real sockets, and a demo.
+
+    python3 test_tinyscale.py              run the tests
+    python3 test_tinyscale.py demo         tinyscale in front of three fake servers, to try without BBB (--port 3005)
+
+The fakes verify each checksum and answer as BBB does, until a test tells them to refuse, hang, hang up or talk rubbish.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import html
+import http.client
+import http.server
+import io
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import uuid
+import xml.etree.ElementTree as ET
+from unittest import mock
+from urllib.parse import parse_qsl, quote_plus, unquote_plus
+
+import tinyscale
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SECRET = "the-front-ends-secret"
+DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+
+
+def signed(call, query, secret=SECRET, digest="sha1"):
+    """A query with its checksum, made without tinyscale's code."""
+    checksum = hashlib.new(digest, (call + query + secret).encode()).hexdigest()
+    return f"{query}{'&' if query else ''}checksum={checksum}"
+
+
+def until(condition, seconds=5.0):
+    """Poll for a condition; return its last value."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+# ---- a fake BBB server -----------------------------------------------------------------------------------------------
+
+class FakeMeeting:
+    def __init__(self, params, created):
+        self.id, self.created = params["meetingID"], created
+        self.internal_id = f"{hashlib.sha1(self.id.encode()).hexdigest()}-{created}"
+        self.name, self.people = params.get("name", ""), 0
+        self.given = params.get("attendeePW"), params.get("moderatorPW")
+        self.attendee_pw, self.moderator_pw = (password or uuid.uuid4().hex[:8] for password in self.given)
+        self.breakout = params.get("isBreakout") == "true"
+
+    def info(self):
+        return (f"<meetingName>{html.escape(self.name)}</meetingName><meetingID>{html.escape(self.id)}</meetingID>"
+                f"<internalMeetingID>{self.internal_id}</internalMeetingID><createTime>{self.created}</createTime>"
+                f"<attendeePW>{self.attendee_pw}</attendeePW><moderatorPW>{self.moderator_pw}</moderatorPW>"
+                f"<running>{str(self.people > 0).lower()}</running><participantCount>{self.people}</participantCount>"
+                f"<attendees/><metadata/><isBreakout>{str(self.breakout).lower()}</isBreakout>")
+
+
+def success(inner):
+    return 200, "text/xml;charset=utf-8", f"<response><returncode>SUCCESS</returncode>{inner}</response>", {}
+
+
+def failed(key, message="no"):
+    return (200, "text/xml;charset=utf-8", f"<response><returncode>FAILED</returncode><messageKey>{key}</messageKey>"
+            f"<message>{message}</message></response>", {})
+
+
+class FakeBBB:
+    """A BBB server. `calls` has what it was asked, `faults` what it shall do instead of answering, by call or "*"."""
+
+    def __init__(self, name="bbb", secret="its-own-secret"):
+        self.name, self.secret = name, secret
+        self.meetings, self.recordings, self.hooks = {}, {}, {}
+        self.calls, self.faults, self.sockets = [], {}, set()
+        self.has_hooks, self.refuses_all_recordings, self.clock = True, False, 1700000000000
+        self.released, self.port, self.server = threading.Event(), 0, None
+        self.up()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def up(self):
+        fake, self.released = self, threading.Event()
+
+        class Listener(http.server.ThreadingHTTPServer):
+            request_queue_size, daemon_threads = 1000, True
+
+            def process_request(self, request, client_address):
+                fake.sockets.add(request)
+                super().process_request(request, client_address)
+
+            def shutdown_request(self, request):
+                fake.sockets.discard(request)
+                super().shutdown_request(request)
+
+            def handle_error(self, request, client_address):
+                """A balancer that hangs up is no news."""
+
+        class Handler(FakeHandler):
+            bbb = fake
+
+        self.server = Listener(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def down(self):
+        """Pull the plug: nobody listens, and what is open breaks off."""
+        self.released.set()
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+        for connection in list(self.sockets):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def count(self, *names):
+        return sum(call in names for call, *_ in self.calls)
+
+    def put(self, meeting_id, people=1, created=None):
+        """A meeting that did not come through tinyscale."""
+        self.clock += 1
+        self.meetings[meeting_id] = meeting = FakeMeeting({"meetingID": meeting_id}, created or self.clock)
+        meeting.people = people
+        return meeting
+
+    def record(self, meeting_id, start, state="published", copy_of=None):
+        record_id = copy_of or f"{hashlib.sha1(meeting_id.encode()).hexdigest()}-{start}"
+        self.recordings[record_id] = {"meetingID": meeting_id, "start": start, "state": state, "meta": {}, "tracks": []}
+        return record_id
+
+    def find(self, meeting_id):
+        """BBB's lookup: the beginning of an internal ID, or the external ID."""
+        for meeting in self.meetings.values():
+            if meeting.internal_id.startswith(meeting_id) or meeting.id == meeting_id:
+                return meeting
+        return None
+
+    # -- the calls
+
+    def create(self, params):
+        meeting = self.meetings.get(params["meetingID"])
+        passwords = params.get("attendeePW"), params.get("moderatorPW")
+        key = ""
+        if params.get("isBreakout") == "true" and not self.find(params.get("parentMeetingID", "-")):
+            return failed("parentMeetingDoesNotExist")
+        if len(params["meetingID"]) < 2:
+            return failed("validationError", "Meeting ID must be between 2 and 256 characters")
+        if meeting and passwords not in ((None, None), (meeting.attendee_pw, meeting.moderator_pw)):
+            return failed("idNotUnique")
+        if meeting:
+            key = "duplicateWarning"
+        else:
+            self.clock += 1
+            meeting = self.meetings[params["meetingID"]] = FakeMeeting(params, self.clock)
+        return success(f"<meetingID>{html.escape(meeting.id)}</meetingID>"
+                       f"<internalMeetingID>{meeting.internal_id}</internalMeetingID>"
+                       f"<attendeePW>{meeting.attendee_pw}</attendeePW><moderatorPW>{meeting.moderator_pw}</moderatorPW>"
+                       f"<createTime>{meeting.created}</createTime><messageKey>{key}</messageKey><message></message>")
+
+    def join(self, params):
+        meeting, token = self.find(params["meetingID"]), uuid.uuid4().hex[:16]
+        if not meeting:
+            errors = quote_plus('[{"key":"invalidMeetingIdentifier"}]')
+            return 302, "", "", {"Location": f"{params.get('errorRedirectUrl', self.url)}?errors={errors}"}
+        meeting.people += 1
+        cookie = {"Set-Cookie": f"JSESSIONID={token}; Path=/bigbluebutton; HttpOnly"}
+        if params.get("redirect", "true").lower() not in ("", "true"):
+            status, content_type, body, _ = success(f"<messageKey>successfullyJoined</messageKey><session_token>{token}"
+                                                    f"</session_token><url>{self.url}/html5client/</url>")
+            return status, content_type, body, cookie
+        name = quote_plus(params.get("fullName", ""))
+        return 302, "", "", {"Location": f"{self.url}/html5client/?sessionToken={token}&name={name}", **cookie}
+
+    def isMeetingRunning(self, params):
+        meeting = self.find(params["meetingID"])
+        return success(f"<running>{str(bool(meeting and meeting.people)).lower()}</running>")
+
+    def getMeetingInfo(self, params):
+        meeting = self.find(params["meetingID"])
+        return success(meeting.info()) if meeting else failed("notFound", "A meeting with that ID does not exist")
+
+    def end(self, params):
+        meeting = self.find(params["meetingID"])
+        if not meeting:
+            return failed("notFound")
+        if params.get("password", meeting.moderator_pw) != meeting.moderator_pw:
+            return failed("invalidPassword")
+        del self.meetings[meeting.id]
+        return success("<messageKey>sentEndMeetingRequest</messageKey><message>wait</message>")
+
+    def getMeetings(self, params):
+        items = "".join(f"<meeting>{meeting.info()}</meeting>" for meeting in list(self.meetings.values()))
+        return success(f"<meetings>{items}</meetings>" if items else "<meetings/><messageKey>noMeetings</messageKey>"
+                       "<message>no meetings were found on this server</message>")
+
+    def getSessions(self, params):
+        items = "".join(f"<meeting><meetingID>{meeting.internal_id}</meetingID><userName>user {number}</userName></meeting>"
+                        for meeting in self.meetings.values() for number in range(meeting.people))
+        return success(f"<sessions>{items}</sessions>" if items else "<sessions/><messageKey>noSessions</messageKey>"
+                       "<message>no sessions were found on this serverr</message>")
+
+    def insertDocument(self, params):
+        return success("<message>Presentation is being uploaded</message>") if self.find(params["meetingID"]) else (
+            200, "text/xml", "<response><returncode>FAILED</returncode><message>not found.</message></response>", {})
+
+    def sendChatMessage(self, params):
+        return success("<messageKey></messageKey>") if self.find(params["meetingID"]) else failed("meetingNotFound")
+
+    def selected(self, params):
+        """The recordings that a call means: by the beginning of an ID, as BBB does it."""
+        ids = [text for text in unquote_plus(params.get("recordID", "")).split(",") if text.strip()]
+        ids = ids or [hashlib.sha1(text.encode()).hexdigest()
+                      for text in unquote_plus(params.get("meetingID", "")).split(",") if text.strip()]
+        states = params.get("state", "published,unpublished").split(",")
+        found = [key for key, recording in self.recordings.items() if (recording["state"] in states or "any" in states)
+                 and all(recording["meta"].get(name[5:]) == value for name, value in params.items() if name[:5] == "meta_")]
+        return [key for key in found if not ids or any(key.startswith(text) for text in ids)], ids
+
+    def getRecordings(self, params):
+        found, ids = self.selected(params)
+        if self.refuses_all_recordings and not ids and "limit" not in params:
+            return success("<messageKey>noRecordings</messageKey><message>fetching all is not allowed</message>")
+        if "limit" in params:
+            raise AssertionError("tinyscale has to page the merged list")
+        items = "".join(
+            f"<recording><recordID>{key}</recordID><meetingID>{self.recordings[key]['meetingID']}</meetingID>"
+            f"<state>{self.recordings[key]['state']}</state><startTime>{self.recordings[key]['start']}</startTime>"
+            f"<name>from {self.name}</name></recording>" for key in found)
+        return success(f"<recordings>{items}</recordings>" + ("" if items else "<messageKey>noRecordings</messageKey>"
+                       "<message>There are no recordings for the meeting(s).</message>"))
+
+    def changed(self, params, element, value, state=None):
+        if not params.get("recordID"):
+            return failed("missingParamRecordID", "You must specify a recordID.")
+        ids = [key for key in params["recordID"].split(",") if key in self.recordings]
+        for key in ids:
+            self.recordings[key]["state"] = state or self.recordings[key]["state"]
+        return success(f"<{element}>{value}</{element}>") if ids else failed("notFound", "We could not find recordings")
+
+    def publishRecordings(self, params):
+        return self.changed(params, "published", params["publish"],
+                            "published" if params["publish"] == "true" else "unpublished")
+
+    def deleteRecordings(self, params):
+        return self.changed(params, "deleted", "true", "deleted")
+
+    def updateRecordings(self, params):
+        return self.changed(params, "updated", "true")
+
+    def getRecordingTextTracks(self, params):
+        recording = self.recordings.get(params.get("recordID", ""))
+        answer = {"returncode": "SUCCESS", "tracks": recording["tracks"]} if recording else {
+            "returncode": "FAILED", "messageKey": "noCaptionsFound", "message": "none"}
+        return 200, "application/json;charset=utf-8", json.dumps({"response": answer}), {}
+
+    def putRecordingTextTrack(self, params):
+        recording = self.recordings.get(params.get("recordID", ""))
+        if recording:
+            recording["tracks"].append({"kind": params["kind"], "lang": params["lang"]})
+        answer = {"returncode": "SUCCESS" if recording else "FAILED",
+                  "messageKey": "upload_text_track_success" if recording else "noRecordings"}
+        return 200, "application/json;charset=utf-8", json.dumps({"response": answer}), {}
+
+    def hooks_create(self, params):
+        known = [key for key, hook in self.hooks.items() if hook == params.get("callbackURL")]
+        if not params.get("callbackURL"):
+            return failed("missingParamCallbackURL")
+        key = known[0] if known else str(uuid.uuid4())
+        self.hooks[key] = params["callbackURL"]
+        return success(f"<hookID>{key}</hookID><permanentHook>false</permanentHook><rawData>false</rawData>"
+                       + ("<messageKey>duplicateWarning</messageKey>" if known else ""))
+
+    def hooks_list(self, params):
+        return success("<hooks>" + "".join(f"<hook><hookID>{key}</hookID><callbackURL><![CDATA[{url}]]></callbackURL></hook>"
+                                           for key, url in self.hooks.items()) + "</hooks>")
+
+    def hooks_destroy(self, params):
+        return success("<removed>true</removed>") if self.hooks.pop(params["hookID"], None) else failed("destroyMissingHook")
+
+
+class FakeHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    bbb = None
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not path.startswith("/bigbluebutton/api/"):
+            token = html.escape(dict(parse_qsl(query)).get("name", ""))
+            return self.answer(200, "text/html;charset=utf-8", f"<h1>This is {self.bbb.name}</h1><p>Hello {token}.", {})
+        call = path[len("/bigbluebutton/api/"):]
+        self.bbb.calls.append((call, query, self.command, body, self.headers.get("Content-Type", "")))
+        fault = self.bbb.faults.get(call) or self.bbb.faults.get("*")
+        answer = fault(self) if fault else self.call(call, query, body)
+        if answer:
+            self.answer(*answer)
+
+    do_POST = do_GET
+
+    def call(self, call, query, body):
+        """What BBB's controllers do: first the checksum over the raw query, then the content type, then the call."""
+        if call.startswith("hooks/") and not self.bbb.has_hooks:
+            return 502, "text/html", "<html>502 Bad Gateway</html>", {}
+        given = dict(parse_qsl(query, keep_blank_values=True)).get("checksum", "")
+        bare = query.replace(f"&checksum={given}", "").replace(f"checksum={given}&", "").replace(f"checksum={given}", "")
+        digest = DIGESTS.get(len(given))
+        if not digest or hashlib.new(digest, (call + bare + self.bbb.secret).encode()).hexdigest() != given:
+            return failed("checksumError", "Checksums do not match")
+        params = dict(parse_qsl(bare, keep_blank_values=True))
+        if body and self.headers.get("Content-Type", "").partition(";")[0] not in ("application/xml", "multipart/form-data"):
+            return failed("unsupportedContentType")
+        if call in ("create", "join", "isMeetingRunning", "getMeetingInfo", "end") and not params.get("meetingID"):
+            return failed("missingParamMeetingID", "You must provide a meeting ID")
+        method = getattr(self.bbb, call.replace("/", "_"), None) if re.fullmatch("(hooks/)?[a-z][A-Za-z]+", call) else None
+        if method is None or call in ("up", "down", "count", "put", "record", "find", "selected", "changed"):
+            return 404, "text/html", "<html>no such call</html>", {}
+        return method(params)
+
+    def answer(self, status, content_type, body, headers):
+        body = body if isinstance(body, bytes) else body.encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Tests look at `calls`."""
+
+
+# What a fake can do instead of answering: each takes its handler, and returns an answer to send, if any.
+
+def proper(handler):
+    """The answer without a fault."""
+    path, _, query = handler.path.partition("?")
+    return handler.call(path[len("/bigbluebutton/api/"):], query, b"")
+
+
+def silent(handler):
+    """Take the call and never answer."""
+    handler.close_connection = True
+    handler.bbb.released.wait(30)
+
+
+def reset(handler):
+    """Break off in the middle of the answer."""
+    handler.close_connection = True
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: 1000\r\n\r\n<response><returnco")
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def sends(data, *, then_close=True):
+    """Send these bytes."""
+    def fault(handler):
+        handler.close_connection = then_close
+        handler.wfile.write(data)
+    return fault
+
+
+def status(code, body="<html>an error page</html>", content_type="text/html", **headers):
+    return lambda handler: (code, content_type, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def held(gate, arrived=None):
+    """Answer only when the gate is open."""
+    def fault(handler):
+        if arrived:
+            arrived.set()
+        gate.wait(10)
+        return proper(handler)
+    return fault
+
+
+# ---- tinyscale in front of fakes -------------------------------------------------------------------------------------
+
+class Clock:
+    """time, as tinyscale sees it: a test can move it on."""
+    ahead = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+
+class Answer:
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def xml(self):
+        return ET.fromstring(self.body)
+
+    def __getattr__(self, name):
+        """The text of an element of the answer: answer.returncode."""
+        return self.xml.findtext(name)
+
+
+class ClusterTest(unittest.TestCase):
+    """Three fake servers and tinyscale in this process. Surveys come when the test says so."""
+    servers = 3
+    limits = {}
+
+    def setUp(self):
+        self.log = io.StringIO()
+        handler = logging.StreamHandler(self.log)
+        tinyscale.log.addHandler(handler)
+        tinyscale.log.setLevel(logging.INFO)
+        tinyscale.log.propagate = False
+        self.addCleanup(tinyscale.log.removeHandler, handler)
+        self.clock = Clock()
+        limits = {"CONNECT_TIMEOUT": 1, "ANSWER_TIMEOUT": 1, "WORK_TIMEOUT": 1.5, "PATIENCE": 0.3, **self.limits}
+        for patch in (mock.patch.multiple(tinyscale, **limits), mock.patch.object(tinyscale, "time", self.clock)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.fakes = [FakeBBB(f"bbb{number}", f"secret-of-{number}") for number in range(1, self.servers + 1)]
+        for fake in self.fakes:
+            self.addCleanup(fake.down)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "servers.json")
+        self.write_servers()
+        self.start()
+
+    def entries(self):
+        return [{"host": fake.url + "/bigbluebutton/", "secret": fake.secret} for fake in self.fakes]
+
+    def write_servers(self, entries=None):
+        with open(self.path, "w") as file:
+            json.dump(entries or self.entries(), file)
+        os.chmod(self.path, 0o600)
+
+    def start(self):
+        """A new tinyscale, which knows nothing yet but what a survey shows."""
+        self.cluster = tinyscale.Cluster(self.path)
+        self.balancer = tinyscale.LoadBalancer(self.cluster, [SECRET, "another-secret"], "127.0.0.1", 0, None)
+        self.port = self.balancer.server_address[1]
+        thread = threading.Thread(target=self.balancer.serve_forever, args=(0.01,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self.balancer.server_close)
+        self.addCleanup(self.balancer.shutdown)
+        self.addCleanup(lambda servers: [server.connections.close() for server in servers], self.cluster.servers)
+        self.survey()
+
+    def survey(self):
+        self.cluster.survey(3)
+        for fake in self.fakes:
+            fake.calls.clear()
+
+    def http(self, path, method="GET", body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            return Answer(connection.getresponse())
+
+    def get(self, call, query="", secret=SECRET, digest="sha1", **kwargs):
+        return self.http(f"/bigbluebutton/api/{call}?{signed(call, query, secret, digest)}", **kwargs)
+
+    def create(self, meeting_id, extra="", **kwargs):
+        return self.get("create", f"name=A+room&meetingID={quote_plus(meeting_id)}{extra}", **kwargs)
+
+    def having(self, meeting_id):
+        """The fakes that have the meeting."""
+        return [fake for fake in self.fakes if meeting_id in fake.meetings]
+
+    def counts(self, *calls):
+        return [fake.count(*calls) for fake in self.fakes]
+
+    def together(self, jobs):
+        """Run jobs at the same time; return what each returned."""
+        results = [None] * len(jobs)
+        barrier = threading.Barrier(len(jobs))
+
+        def run(number):
+            barrier.wait(10)
+            results[number] = jobs[number]()
+        threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(jobs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        return results
+
+    def talk(self, data, timeout=5.0):
+        """Send raw bytes; return all that comes back until the end, with b"..." appended if the connection stays open."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout) as connection:
+            connection.sendall(data)
+            received = b""
+            try:
+                while True:
+                    piece = connection.recv(65536)
+                    if not piece:
+                        return received
+                    received += piece
+            except socket.timeout:
+                return received + b"..."
+            except ConnectionError:
+                return received
+
+
+# ---- checksums -------------------------------------------------------------------------------------------------------
+
+class ChecksumTest(unittest.TestCase):
+    DOCUMENTED = "name=Test+Meeting&meetingID=abc123&attendeePW=111222&moderatorPW=333444"
+    DOCUMENTED_SECRET = "639259d4-9dd8-4b25-bf01-95f9567eaf4b"
+
+    def test_the_worked_example_of_the_api_documentation(self):
+        self.assertEqual(tinyscale.checksum("create", self.DOCUMENTED, self.DOCUMENTED_SECRET, "sha1"),
+                         "1fcbb0c4fc1f039f73aa6d697d2db9ba7f803f17")
+        query = self.DOCUMENTED + "&checksum=1fcbb0c4fc1f039f73aa6d697d2db9ba7f803f17"
+        unsigned, params = tinyscale.verify("create", query, [self.DOCUMENTED_SECRET])
+        self.assertEqual((unsigned, params["name"]), (self.DOCUMENTED, "Test Meeting"))
+
+    def test_all_digests_in_any_position_leave_the_rest_byte_for_byte(self):
+        for digest in DIGESTS.values():
+            for before, after in (("", ""), ("", "a=1"), ("a=1", ""), ("a=1", "b=2"), ("", "&a=1"), ("&a=1&&", "b=+%20"),
+                                  ("fullName=A+B%20!*()~", "x="), ("meetingID=%C3%BC", "c")):
+                rest = "&".join(part for part in (before, after) if part)
+                value = hashlib.new(digest, f"join{rest}s3".encode()).hexdigest()
+                for text in (value, value.upper()):
+                    query = "&".join(part for part in (before, "checksum=" + text, after) if part)
+                    with self.subTest(query):
+                        self.assertEqual(tinyscale.verify("join", query, ["s1", "s3"])[0], rest)
+
+    def test_what_clients_send_before_an_empty_query(self):
+        value = hashlib.sha1(b"getMeetingss").hexdigest()
+        self.assertEqual(tinyscale.verify("getMeetings", f"&checksum={value}", ["s"])[0], "")
+        value = hashlib.sha1(b"join&fullName=Xs").hexdigest()
+        self.assertEqual(tinyscale.verify("join", f"&fullName=X&checksum={value}", ["s"])[0], "&fullName=X")
+
+    def test_refused(self):
+        right = hashlib.sha1(b"enda=1s").hexdigest()
+        twice = hashlib.sha1(b"endmeetingID=a&meetingID=bs").hexdigest()
+        encoded = hashlib.sha1(b"endmeetingID=a&meeting%49D=bs").hexdigest()
+        for query in ("", "a=1", "a=1&checksum=", "a=1&checksum", f"a=1&checksum={right[1:]}", f"a=2&checksum={right}",
+                      f"a=1&checksum={right}&checksum={right}", f"checksum=&a=1&checksum={right}",
+                      f"a=1&%63hecksum={right}", f"a=1&checksum={right}&%63hecksum=x", f"a=1&Checksum={right}",
+                      f"meetingID=a&meetingID=b&checksum={twice}", f"meetingID=a&meeting%49D=b&checksum={encoded}",
+                      f"a=1&checksum=%{right[:39]}", "a=1&checksum=" + "\xe9" * 40, "a=1&checksum=" + "z" * 40,
+                      f"a=1&xchecksum={right}", f"a=1&checksum={right}&" + "x=y&" * 10000):
+            with self.subTest(query[:80]), self.assertRaises(tinyscale.ApiError) as caught:
+                tinyscale.verify("end", query, ["s"])
+            self.assertEqual(caught.exception.key, "checksumError")
+
+    def test_a_blank_secret_verifies_nothing(self):
+        for secret in ("", " ", "\t"):
+            with self.assertRaises(tinyscale.ApiError):
+                tinyscale.verify("end", signed("end", "a=1", secret), [secret])
+
+    def test_a_form_may_be_signed_over_its_text_or_over_nothing(self):
+        for text in ("a=1", ""):
+            value = hashlib.sha256(f"end{text}s".encode()).hexdigest()
+            self.assertEqual(tinyscale.verify("end", f"a=1&checksum={value}", ["s"], form=True)[0], "a=1")
+        with self.assertRaises(tinyscale.ApiError):
+            tinyscale.verify("end", f"a=1&checksum={value}", ["s"])
+
+
+# ---- where a call goes -----------------------------------------------------------------------------------------------
+
+class RoutingTest(ClusterTest):
+    def test_new_meetings_go_round_the_list(self):
+        for number in range(9):
+            self.assertEqual(self.create(f"room{number}").returncode, "SUCCESS")
+        self.assertEqual([list(fake.meetings) for fake in self.fakes],
+                         [["room0", "room3", "room6"], ["room1", "room4", "room7"], ["room2", "room5", "room8"]])
+
+    def test_weights_share_the_turns_and_cordoned_servers_get_none(self):
+        entries = self.entries()
+        entries[0]["weight"], entries[2]["cordoned"] = 3, True
+        self.write_servers(entries)
+        self.start()
+        for number in range(8):
+            self.create(f"room{number}")
+        self.assertEqual([self.having(f"room{number}")[0].name for number in range(8)],
+                         ["bbb1", "bbb1", "bbb2", "bbb1"] * 2)
+
+    def test_join_sends_the_browser_to_the_meetings_server_without_a_call(self):
+        self.create("room")
+        owner, = self.having("room")
+        self.survey()
+        answer = self.get("join", "&fullName=J%C3%BCrgen+M&meetingID=room&password=ap")
+        self.assertEqual((answer.status, answer.body, self.counts("*", "getMeetingInfo", "join")), (302, b"", [0, 0, 0]))
+        self.assertEqual(answer.headers["Location"], f"{owner.url}/bigbluebutton/api/join?"
+                         + signed("join", "&fullName=J%C3%BCrgen+M&meetingID=room&password=ap", owner.secret, "sha256"))
+        self.assertNotIn("Set-Cookie", answer.headers)
+        self.assertNotIn("Content-Type", answer.headers)
+
+    def test_any_other_call_costs_one_call_to_the_meetings_server(self):
+        for number in range(3):
+            self.create(f"room{number}")
+        self.fakes[1].meetings["room1"].people = 2
+        self.survey()
+        for call, query, expected in (("getMeetingInfo", "meetingID=room1", "room1"), ("isMeetingRunning", "meetingID=room1", None),
+                                      ("sendChatMessage", "meetingID=room1&message=hi", None)):
+            with self.subTest(call):
+                answer = self.get(call, query)
+                self.assertEqual((answer.returncode, answer.meetingID), ("SUCCESS", expected))
+                self.assertEqual((self.counts(call), sum(len(fake.calls) for fake in self.fakes)), ([0, 1, 0], 1))
+                self.survey()
+
+    def test_the_query_reaches_the_server_byte_for_byte(self):
+        self.create("room")
+        owner, = self.having("room")
+        for query in ("meetingID=room&a=+%20&&b=!*()~&c", "&meetingID=room", "&&meetingID=%72oom&x=%c3%BC&"):
+            for digest in DIGESTS.values():
+                self.survey()
+                self.assertEqual(self.get("getMeetingInfo", query, digest=digest).meetingID, "room")
+                self.assertEqual(owner.calls[0][1], signed("getMeetingInfo", query, owner.secret, "sha256"))
+
+    def test_servers_are_signed_to_as_their_entry_says(self):
+        self.write_servers([dict(entry, checksum=digest) for entry, digest in
+                            zip(self.entries(), ("sha1", "sha384", "sha512"))])
+        self.start()
+        for fake, length in zip(self.fakes, (40, 96, 128)):
+            fake.put(fake.name)
+            self.assertEqual(self.get("getMeetingInfo", f"meetingID={fake.name}").returncode, "SUCCESS")
+            self.assertEqual(len(dict(parse_qsl(fake.calls[-1][1]))["checksum"]), length)
+
+    def test_a_meeting_that_is_not_remembered_is_probed_on_all_servers_once(self):
+        self.fakes[2].put("stranger")
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=stranger").meetingID, "stranger")
+        self.assertLessEqual(max(self.counts("getMeetingInfo")[:2]), 1)     # none if the owner was faster
+        self.survey()
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=stranger").meetingID, "stranger")
+        self.assertEqual(self.counts("getMeetingInfo"), [0, 0, 1])
+
+    def test_many_who_ask_for_an_unknown_meeting_share_one_probe(self):
+        meeting, gate = self.fakes[1].put("stranger"), threading.Event()
+        self.fakes[1].faults["getMeetingInfo"] = held(gate)
+        threading.Timer(0.15, gate.set).start()
+        jobs = [lambda: self.get("join", f"meetingID={meeting.id}&fullName=X").headers["Location"]] * 20
+        self.assertEqual({url.partition("/big")[0] for url in self.together(jobs)}, {self.fakes[1].url})
+        self.assertEqual(self.counts("getMeetingInfo"), [1, 1, 1])
+
+    def test_ids_are_compared_whole(self):
+        meeting = self.fakes[1].put("10")
+        self.fakes[0].put("1")
+        self.fakes[2].put("a&b <c> \u00fc")
+        for meeting_id, owner in (("1", 0), ("10", 1), (meeting.internal_id, 1), ("a&b <c> \u00fc", 2)):
+            answer = self.get("join", f"meetingID={quote_plus(meeting_id)}&fullName=X")
+            self.assertTrue(answer.headers["Location"].startswith(self.fakes[owner].url), meeting_id)
+        prefix = meeting.internal_id[:5]
+        self.assertEqual(self.cluster.find(prefix), (None, "nowhere"))
+
+    def test_an_internal_id_is_remembered_too(self):
+        self.create("room")
+        owner, = self.having("room")
+        internal_id = owner.meetings["room"].internal_id
+        owner.calls.clear()
+        for _ in range(2):
+            answer = self.get("join", f"meetingID={internal_id}&fullName=X")
+            self.assertTrue(answer.headers["Location"].startswith(owner.url))
+            self.assertEqual(owner.calls, [])
+            self.survey()
+
+    def test_for_a_meeting_that_exists_nowhere_the_error_is_bbbs_own(self):
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=no").messageKey, "notFound")
+        self.assertEqual(self.get("isMeetingRunning", "meetingID=no").running, "false")
+        self.assertEqual(self.get("end", "meetingID=no&password=x").messageKey, "notFound")
+        self.assertEqual(self.get("getMeetingInfo", "").messageKey, "missingParamMeetingID")
+        self.assertEqual(self.get("create", "name=x").messageKey, "missingParamMeetingID")
+        location = self.get("join", "meetingID=no&fullName=X").headers["Location"]
+        self.assertTrue(location.startswith(self.fakes[0].url + "/bigbluebutton/api/join?meetingID=no"))
+
+    def test_a_denial_is_passed_on_only_after_the_other_servers_were_asked(self):
+        for call in ("getMeetingInfo", "isMeetingRunning", "end"):
+            with self.subTest(call):
+                self.fakes[0].put("room")
+                self.survey()
+                self.fakes[0].meetings.clear()
+                self.fakes[1].put("room")
+                answer = self.get(call, "meetingID=room")
+                self.assertEqual(answer.returncode, "SUCCESS")
+                self.assertNotEqual(answer.running, "false")
+                self.assertEqual(self.fakes[1].count(call), 2 if call == "getMeetingInfo" else 1)
+                self.fakes[1].meetings.clear()
+
+    def test_a_denial_about_something_else_asks_nobody_else(self):
+        self.create("room")
+        self.survey()
+        self.assertEqual(self.get("end", "meetingID=room&password=wrong").messageKey, "invalidPassword")
+        self.assertEqual(self.get("isMeetingRunning", "meetingID=room").running, "false")
+        self.assertEqual([len(fake.calls) for fake in self.fakes], [4, 0, 0])
+        self.assertEqual(len(self.having("room")), 1)
+
+    def test_what_a_survey_no_longer_lists_is_forgotten_but_not_what_was_placed_meanwhile(self):
+        self.create("old")
+        self.fakes[0].meetings.clear()
+        gate, arrived = threading.Event(), threading.Event()
+
+        def after_listing(handler):
+            answer = proper(handler)
+            arrived.set()
+            gate.wait(10)
+            return answer
+        self.fakes[1].faults["getMeetings"] = after_listing
+        survey = threading.Thread(target=self.cluster.survey, args=(3,))
+        survey.start()
+        arrived.wait(5)
+        self.create("new")
+        self.assertEqual(self.having("new"), [self.fakes[1]])
+        gate.set()
+        survey.join()
+        self.assertNotIn("old", self.cluster.meetings)
+        self.assertEqual(self.cluster.find("new")[1], "remembered")
+
+    def test_memory_is_believed_only_for_a_while(self):
+        self.create("room")
+        owner, = self.having("room")
+        other = self.fakes[1]
+        other.meetings["room"] = owner.meetings.pop("room")
+        self.assertTrue(self.get("join", "meetingID=room&fullName=X").headers["Location"].startswith(owner.url))
+        self.clock.ahead += tinyscale.FRESH
+        self.assertTrue(self.get("join", "meetingID=room&fullName=X").headers["Location"].startswith(other.url))
+
+    def test_twins_are_named_once_and_the_newer_one_counts(self):
+        self.fakes[0].put("room", created=1000)
+        self.fakes[2].put("room", created=2000)
+        self.fakes[1].put("room", created=1500)
+        for _ in range(2):
+            self.survey()
+            self.assertIs(self.cluster.find("room")[0], self.cluster.servers[2])
+        self.assertEqual(self.log.getvalue().count("'room' runs on"), 1)
+        for fake in self.fakes:
+            self.assertIn(fake.url, self.log.getvalue().partition("'room' runs on")[2])
+        listed = self.get("getMeetings").xml.findall("meetings/meeting")
+        self.assertEqual([item.findtext("createTime") for item in listed], ["2000"])
+
+    def test_join_without_redirect_is_relayed_with_its_cookie(self):
+        self.create("room")
+        owner, = self.having("room")
+        for value in ("false", "FALSE", "0", "yes"):
+            answer = self.get("join", f"meetingID=room&fullName=X&redirect={value}")
+            self.assertEqual((answer.status, answer.messageKey), (200, "successfullyJoined"))
+            self.assertTrue(answer.headers["Set-Cookie"].startswith("JSESSIONID="))
+        for value in ("true", "TRUE", ""):
+            answer = self.get("join", f"meetingID=room&fullName=X&redirect={value}")
+            self.assertTrue(answer.headers["Location"].startswith(owner.url + "/bigbluebutton/api/join?"))
+        answer = self.get("join", "meetingID=no&fullName=X&redirect=false&errorRedirectUrl=https%3A%2F%2Fexample.org")
+        self.assertEqual((answer.status, answer.headers["Location"].partition("?")[0]), (302, "https://example.org"))
+
+    def test_join_is_called_with_get_only(self):
+        self.create("room")
+        self.assertEqual(self.get("join", "meetingID=room&fullName=X", method="POST").status, 405)
+
+    def test_a_breakout_room_is_created_on_its_parents_server(self):
+        self.create("zero")
+        self.create("parent")
+        parent, = self.having("parent")
+        for number, parent_id in enumerate(("parent", parent.meetings["parent"].internal_id, "parent", "parent")):
+            answer = self.create(f"breakout{number}", f"&isBreakout=true&sequence={number}&parentMeetingID={parent_id}")
+            self.assertEqual((answer.returncode, self.having(f"breakout{number}")), ("SUCCESS", [parent]))
+        self.assertEqual(self.create("lost", "&isBreakout=true&parentMeetingID=no").messageKey, "parentMeetingDoesNotExist")
+        self.assertEqual(self.create("plain", "&parentMeetingID=").returncode, "SUCCESS")
+        self.assertNotIn("lost", self.cluster.meetings)
+
+    def test_calls_that_do_not_exist_yet_go_to_who_has_the_meeting_or_recording(self):
+        self.fakes[1].put("room")
+        record_id = self.fakes[2].record("lecture", 5)
+        for query, owner in (("meetingID=room", 1), (f"recordID={record_id}", 2), ("colour=red", 0)):
+            answer = self.get("paintTheWalls", query)
+            self.assertEqual((answer.status, answer.body), (404, b"<html>no such call</html>"))
+            self.assertEqual(self.counts("paintTheWalls"), [int(number == owner) for number in range(3)])
+            self.survey()
+
+
+class CreateTest(ClusterTest):
+    def test_200_creates_of_one_meeting_at_once_end_on_one_server(self):
+        answers = self.together([lambda: self.create("room", "&attendeePW=ap&moderatorPW=mp")] * 200)
+        self.assertEqual({answer.returncode for answer in answers}, {"SUCCESS"})
+        self.assertEqual(len({answer.internalMeetingID for answer in answers}), 1)
+        self.assertEqual((len(self.having("room")), sum(self.counts("create"))), (1, 200))
+
+    def test_once_placed_creates_run_side_by_side(self):
+        self.create("room")
+        gate, arrived = threading.Event(), threading.Semaphore(0)
+
+        def wait(handler):
+            arrived.release()
+            gate.wait(10)
+            return proper(handler)
+        self.having("room")[0].faults["create"] = wait
+        threads = [threading.Thread(target=self.create, args=("room",)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        self.assertTrue(all(arrived.acquire(timeout=5) for _ in threads))
+        gate.set()
+        for thread in threads:
+            thread.join()
+
+    def test_a_create_waits_for_the_placing_of_the_same_meeting_only(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["create"] = held(gate, arrived)
+        first = threading.Thread(target=self.create, args=("room",))
+        second = threading.Thread(target=self.create, args=("room",))
+        first.start()
+        arrived.wait(5)
+        second.start()
+        self.assertEqual(self.create("another").returncode, "SUCCESS")
+        self.assertEqual(self.counts("create"), [1, 1, 0])
+        gate.set()
+        first.join()
+        second.join()
+        self.assertEqual(self.counts("create"), [2, 1, 0])
+
+    def test_passwords_are_bbbs_business(self):
+        first = self.create("room", "&attendeePW=ap&moderatorPW=mp")
+        self.assertEqual((first.attendeePW, first.moderatorPW, first.messageKey), ("ap", "mp", ""))
+        self.assertEqual(self.create("room", "&attendeePW=ap&moderatorPW=mp").messageKey, "duplicateWarning")
+        self.assertEqual(self.create("room", "&attendeePW=other").messageKey, "idNotUnique")
+        self.assertEqual(self.create("x").messageKey, "validationError")
+        self.assertNotIn("x", self.cluster.meetings)
+
+    def test_a_meeting_on_a_cordoned_server_stays_there_and_starts_elsewhere_when_it_is_over(self):
+        self.create("room")
+        entries = self.entries()
+        entries[0]["cordoned"] = True
+        self.write_servers(entries)
+        self.cluster.load()
+        self.assertEqual((self.create("room").messageKey, self.having("room")), ("duplicateWarning", [self.fakes[0]]))
+        self.fakes[0].meetings.clear()
+        self.assertEqual((self.create("room").returncode, self.having("room")), ("SUCCESS", [self.fakes[1]]))
+        self.assertEqual(self.create("other").returncode, "SUCCESS")
+        self.assertEqual(self.having("other"), [self.fakes[2]])
+
+    def test_a_server_that_cannot_be_reached_or_refuses_leaves_its_turn_to_the_next(self):
+        for fault in (None, status(502), status(503), status(504), status(301, Location="https://elsewhere.example.org"),
+                      lambda handler: failed("checksumError")):
+            with self.subTest(fault):
+                self.start()
+                if fault:
+                    self.fakes[0].faults["create"] = fault
+                else:
+                    self.fakes[0].down()
+                answers = [self.create(f"room{number}") for number in range(3)]
+                self.assertEqual([answer.returncode for answer in answers], ["SUCCESS"] * 3)
+                self.assertEqual([len(fake.meetings) for fake in self.fakes], [0, 2, 1])
+                self.assertIn(f"{self.fakes[0].url} is down: ", self.log.getvalue())
+                for fake in self.fakes:
+                    fake.meetings.clear()
+                    fake.faults.clear()
+                if not fault:
+                    self.fakes[0].up()
+
+    def test_after_silence_or_a_500_a_create_is_never_tried_elsewhere(self):
+        for number, (fault, messageKey) in enumerate(((silent, "serverUnavailable"), (reset, "serverUnavailable"),
+                                                      (sends(b"rubbish\r\n"), "serverUnavailable"), (status(500), None))):
+            with self.subTest(fault):
+                self.start()
+                fake = self.fakes[0]
+                fake.faults["create"] = fault
+                answer = self.create(f"room{number}")
+                self.assertEqual(answer.status, 500 if messageKey is None else 200)
+                if messageKey:
+                    self.assertEqual(answer.messageKey, messageKey)
+                self.assertEqual(self.counts("create"), [1, 0, 0])
+                fake.faults.clear()
+                fake.calls.clear()
+                if messageKey:              # the server is down; the next survey shows that it has no such meeting
+                    self.assertEqual(self.create(f"room{number}").messageKey, "serverUnavailable")
+                    self.survey()
+                self.assertEqual(self.create(f"room{number}").returncode, "SUCCESS")
+                self.assertEqual(self.having(f"room{number}"), [self.fakes[1 if messageKey else 0]])
+
+    def test_a_create_that_was_carried_out_without_an_answer_is_found_by_the_next(self):
+        def carried_out_then_silent(handler):
+            proper(handler)
+            return silent(handler)
+        self.fakes[0].faults["create"] = carried_out_then_silent
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.fakes[0].faults.clear()
+        self.survey()
+        self.assertEqual((self.create("room").messageKey, self.having("room")), ("duplicateWarning", [self.fakes[0]]))
+
+    def test_the_lock_of_a_failed_create_is_released(self):
+        for fake in self.fakes:
+            fake.down()
+        for _ in range(3):
+            self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.fakes[1].up()
+        self.survey()
+        self.assertEqual((self.create("room").returncode, self.having("room")), ("SUCCESS", [self.fakes[1]]))
+        self.assertEqual(len(self.cluster.creating), 0)
+
+    def test_slides_are_sent_again_to_the_next_server(self):
+        slides = b'<modules><module name="presentation"/></modules>'
+        self.fakes[0].faults["create"] = status(502)
+        answer = self.create("room", method="POST", body=slides, headers={"Content-Type": "application/xml"})
+        self.assertEqual((answer.returncode, self.fakes[1].calls[-1][2:]), ("SUCCESS", ("POST", slides, "application/xml")))
+
+
+# ---- outages ---------------------------------------------------------------------------------------------------------
+
+class OutageTest(ClusterTest):
+    BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+    def faults(self):
+        """Each way in which the first server can fail, and how it comes back."""
+        fake = self.fakes[0]
+        yield "refused", fake.down, fake.up
+        for name, fault in (("silent", silent), ("reset", reset), ("500", status(500)), ("502", status(502)), ("503", status(503)),
+                            ("504", status(504)), ("a page", status(200)), ("malformed", status(200, "<response><ret", "text/xml")),
+                            ("rubbish", sends(b"\x16\x03\x01 no HTTP at all\r\n\r\n")), ("nothing", sends(b"")),
+                            ("cut short", sends(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n<response>")),
+                            ("wrong secret", lambda handler: failed("checksumError")),
+                            ("redirect", status(302, Location="https://elsewhere.example.org/")),
+                            ("switching", sends(b"HTTP/1.1 101 Switching\r\n\r\n"))):
+            yield name, lambda fault=fault: fake.faults.update({"*": fault}), fake.faults.clear
+
+    def test_an_outage_from_its_beginning_to_its_end(self):
+        for name, fail, mend in self.faults():
+            with self.subTest(name):
+                self.start()
+                lost, healthy = f"lost {name}", f"healthy {name}"
+                self.fakes[0].put(lost)
+                self.fakes[1].put(healthy)
+                self.survey()
+                fail()
+                # the first call fails and marks the server down; its meeting is held, everything else goes on
+                self.assertEqual(self.get("getMeetingInfo", f"meetingID={quote_plus(lost)}").messageKey, "serverUnavailable")
+                self.assertIsNotNone(self.cluster.servers[0].down_since)
+                for call in ("getMeetingInfo", "isMeetingRunning", "end", "create"):
+                    self.assertEqual(self.get(call, f"meetingID={quote_plus(lost)}").messageKey, "serverUnavailable")
+                self.assertEqual(self.get("getMeetingInfo", f"meetingID={quote_plus(healthy)}").returncode, "SUCCESS")
+                for number in range(4):
+                    self.assertEqual(self.create(f"new {name} {number}").returncode, "SUCCESS")
+                self.assertEqual(len(self.fakes[0].meetings), 1)
+                self.assertEqual(len(self.get("getMeetings").xml.findall("meetings/meeting")), 5)
+                self.survey()
+                self.assertEqual(self.create(lost).messageKey, "serverUnavailable")
+                # it comes back within one survey, with its meeting
+                mend()
+                self.survey()
+                self.assertIsNone(self.cluster.servers[0].down_since)
+                self.assertEqual(self.create(lost).messageKey, "duplicateWarning")
+                for fake in self.fakes:
+                    fake.meetings.clear()
+
+    def test_a_browser_that_joins_gets_a_page_that_tries_again_and_a_program_xml(self):
+        self.create("room")
+        self.having("room")[0].down()
+        self.get("getMeetingInfo", "meetingID=room")
+        answer = self.get("join", "meetingID=room&fullName=X", headers=self.BROWSER)
+        self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
+        self.assertIn(b'http-equiv="refresh"', answer.body)
+        self.assertNotIn(b"://", answer.body)
+        self.assertEqual(self.get("join", "meetingID=room&fullName=X").messageKey, "serverUnavailable")
+
+    def test_the_meetings_of_a_server_that_is_down_are_placed_anew_after_a_while(self):
+        self.create("room")
+        lost, = self.having("room")
+        lost.down()
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.clock.ahead += tinyscale.HOLD - 1
+        self.survey()
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.clock.ahead += 2
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "notFound")
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertEqual(self.having("room"), [lost, self.fakes[1]])
+        # the old one comes back with an older meeting: the new one stays
+        lost.meetings["room"].created -= 10
+        self.fakes[1].meetings["room"].created += 10
+        lost.up()
+        self.survey()
+        self.assertIs(self.cluster.find("room")[0], self.cluster.servers[1])
+        self.assertIn("'room' runs on", self.log.getvalue())
+
+    def test_a_failed_survey_forgets_no_meeting(self):
+        self.create("room")
+        owner, = self.having("room")
+        owner.down()
+        for _ in range(5):
+            self.survey()
+            self.clock.ahead += tinyscale.HOLD
+        owner.up()
+        self.survey()
+        self.assertEqual(self.cluster.find("room")[1], "remembered")
+
+    def test_a_hung_server_gets_no_new_meetings_even_before_its_silence_is_sure(self):
+        self.fakes[0].faults["*"] = silent
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertIsNone(self.cluster.servers[0].down_since, self.log.getvalue())
+        self.assertEqual([self.create(f"room{number}").returncode for number in range(3)], ["SUCCESS"] * 3)
+        self.assertEqual(self.counts("create")[0], 0)
+        self.assertEqual(self.fakes[0].count("getMeetingInfo"), 1)
+
+    def test_one_slow_call_is_no_outage(self):
+        self.create("room")
+        owner, gate, arrived = self.having("room")[0], threading.Event(), threading.Event()
+        owner.faults["sendChatMessage"] = held(gate, arrived)
+        slow = threading.Thread(target=self.get, args=("sendChatMessage", "meetingID=room&message=x"))
+        slow.start()
+        arrived.wait(5)
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        slow.join()
+        gate.set()
+        self.assertIsNone(self.cluster.servers[0].down_since)
+
+    def test_all_servers_down_and_back_again(self):
+        self.create("room")
+        for fake in self.fakes:
+            fake.down()
+        self.survey()
+        for call, query in (("getMeetings", ""), ("getSessions", ""), ("getRecordings", ""), ("create", "meetingID=new"),
+                            ("isMeetingRunning", "meetingID=unknown"), ("join", "meetingID=unknown"), ("hooks/list", ""),
+                            ("deleteRecordings", "recordID=x"), ("somethingElse", "")):
+            self.assertEqual(self.get(call, query).messageKey, "serverUnavailable", call)
+        self.assertEqual(self.get("join", "meetingID=unknown", headers=self.BROWSER).status, 503)
+        self.assertEqual(self.http("/health").status, 503)
+        for fake in self.fakes:
+            fake.up()
+        self.survey()
+        self.assertEqual((self.http("/health").status, self.create("room").messageKey), (200, "duplicateWarning"))
+
+    def test_health_tells_whether_a_new_meeting_could_be_placed(self):
+        self.write_servers([dict(entry, cordoned=True) for entry in self.entries()])
+        self.assertEqual((self.http("/health").status, self.http("/health", "HEAD").body), (200, b""))
+        self.cluster.load()
+        self.assertEqual(self.http("/health").status, 503)
+
+    def test_a_survey_asked_before_a_failure_does_not_mark_the_server_up(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].put("room")
+        self.survey()
+        self.fakes[0].faults["getMeetings"] = held(gate, arrived)
+        survey = threading.Thread(target=self.cluster.survey, args=(3,))
+        survey.start()
+        arrived.wait(5)
+        self.fakes[0].faults["getMeetingInfo"] = status(503)
+        self.get("getMeetingInfo", "meetingID=room")
+        gate.set()
+        survey.join()
+        self.assertIsNotNone(self.cluster.servers[0].down_since)
+        self.survey()
+        self.assertIsNone(self.cluster.servers[0].down_since)
+
+    def test_only_reads_use_kept_connections_and_only_they_are_repeated(self):
+        self.create("room")
+        owner, = self.having("room")
+        self.survey()
+        for connection in list(owner.sockets):
+            connection.shutdown(socket.SHUT_RDWR)               # closed while idle: the next read notices
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual(owner.count("getMeetingInfo"), 1)
+        for call in ("sendChatMessage", "end", "create"):
+            owner.faults[call] = sends(b"")                     # it takes the call and hangs up
+            self.get("getMeetingInfo", "meetingID=room")        # leaves a connection
+            self.get(call, "meetingID=room")
+            self.assertEqual(owner.count(call), 1)
+            self.survey()
+
+    def test_calls_for_other_servers_are_as_fast_as_ever_while_one_hangs(self):
+        self.fakes[0].put("hung")
+        self.fakes[1].put("healthy")
+        self.survey()
+        self.fakes[0].faults["*"] = silent
+        waiting = [threading.Thread(target=self.get, args=("getMeetingInfo", "meetingID=hung")) for _ in range(40)]
+        for thread in waiting:
+            thread.start()
+        until(lambda: self.fakes[0].count("getMeetingInfo") == 40)
+        done = [self.get("getMeetingInfo", "meetingID=healthy").returncode for _ in range(20)]
+        self.assertEqual((done, all(thread.is_alive() for thread in waiting)), (["SUCCESS"] * 20, True))
+        for thread in waiting:
+            thread.join()
+
+
+class ServersFileTest(ClusterTest):
+    def test_it_is_read_again_and_servers_that_stay_keep_their_meetings(self):
+        self.create("room0")
+        self.create("room1")
+        kept, gone = self.cluster.servers[0], self.fakes[1]
+        self.write_servers([self.entries()[2], dict(self.entries()[0], weight=2)])
+        self.cluster.load()
+        self.assertIs(self.cluster.servers[1], kept)
+        self.survey()
+        self.assertEqual(self.cluster.find("room0"), (kept, "remembered"))
+        self.assertEqual(self.cluster.find("room1"), (None, "nowhere"))
+        for number in range(2, 8):
+            self.create(f"room{number}")
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [5, 1, 2])
+        self.assertEqual(gone.count("getMeetings", "getMeetingInfo"), 0)
+
+    def test_the_watch_takes_up_a_new_file_and_keeps_the_old_list_if_it_is_broken(self):
+        with mock.patch.multiple(tinyscale, SURVEY_INTERVAL=0.05):
+            threading.Thread(target=self.cluster.watch, daemon=True).start()
+            with open(self.path, "w") as file:
+                file.write("[{")
+            self.assertTrue(until(lambda: "The servers stay as they were" in self.log.getvalue()))
+            self.assertEqual(len(self.cluster.servers), 3)
+            self.write_servers(self.entries()[:2])
+            os.utime(self.path, (1, 1))
+            self.assertTrue(until(lambda: len(self.cluster.servers) == 2))
+            os.remove(self.path)
+            self.fakes[0].put("after the file was gone")
+            self.assertTrue(until(lambda: "after the file was gone" in self.cluster.meetings))
+
+
+if __name__ == "__main__":
+    unittest.main()
