@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -68,7 +69,8 @@ class FakeMeeting:
     def info(self):
         return (f"<meetingName>{html.escape(self.name)}</meetingName><meetingID>{html.escape(self.id)}</meetingID>"
                 f"<internalMeetingID>{self.internal_id}</internalMeetingID><createTime>{self.created}</createTime>"
-                f"<attendeePW>{self.attendee_pw}</attendeePW><moderatorPW>{self.moderator_pw}</moderatorPW>"
+                f"<attendeePW>{html.escape(self.attendee_pw)}</attendeePW>"
+                f"<moderatorPW>{html.escape(self.moderator_pw)}</moderatorPW>"
                 f"<running>{str(self.people > 0).lower()}</running><participantCount>{self.people}</participantCount>"
                 f"<attendees/><metadata/><isBreakout>{str(self.breakout).lower()}</isBreakout>")
 
@@ -173,7 +175,8 @@ class FakeBBB:
             meeting = self.meetings[params["meetingID"]] = FakeMeeting(params, self.clock)
         return success(f"<meetingID>{html.escape(meeting.id)}</meetingID>"
                        f"<internalMeetingID>{meeting.internal_id}</internalMeetingID>"
-                       f"<attendeePW>{meeting.attendee_pw}</attendeePW><moderatorPW>{meeting.moderator_pw}</moderatorPW>"
+                       f"<attendeePW>{html.escape(meeting.attendee_pw)}</attendeePW>"
+                       f"<moderatorPW>{html.escape(meeting.moderator_pw)}</moderatorPW>"
                        f"<createTime>{meeting.created}</createTime><messageKey>{key}</messageKey><message></message>")
 
     def join(self, params):
@@ -427,7 +430,7 @@ class ClusterTest(unittest.TestCase):
         tinyscale.log.propagate = False
         self.addCleanup(tinyscale.log.removeHandler, handler)
         self.clock = Clock()
-        limits = {"CONNECT_TIMEOUT": 1, "ANSWER_TIMEOUT": 1, "WORK_TIMEOUT": 1.5, "PATIENCE": 0.3, **self.limits}
+        limits = {"CONNECT_TIMEOUT": 1, "ANSWER_TIMEOUT": 0.6, "WORK_TIMEOUT": 0.7, "PATIENCE": 0.2, "LINGER": 0.2, **self.limits}
         for patch in (mock.patch.multiple(tinyscale, **limits), mock.patch.object(tinyscale, "time", self.clock)):
             patch.start()
             self.addCleanup(patch.stop)
@@ -458,8 +461,15 @@ class ClusterTest(unittest.TestCase):
         self.addCleanup(thread.join)
         self.addCleanup(self.balancer.server_close)
         self.addCleanup(self.balancer.shutdown)
-        self.addCleanup(lambda servers: [server.connections.close() for server in servers], self.cluster.servers)
+        self.addCleanup(self.close_kept, self.cluster.servers)
         self.survey()
+
+    def close_kept(self, servers):
+        """A process that ends closes its connections; this one goes on."""
+        for server in servers:
+            for handler in server.opener.handlers:
+                while handler.idle:
+                    handler.idle.pop()[1].close()
 
     def survey(self):
         self.cluster.survey(3)
@@ -591,7 +601,7 @@ class RoutingTest(ClusterTest):
         for number in range(8):
             self.create(f"room{number}")
         self.assertEqual([self.having(f"room{number}")[0].name for number in range(8)],
-                         ["bbb1", "bbb1", "bbb2", "bbb1"] * 2)
+                         ["bbb1", "bbb2", "bbb1", "bbb1"] * 2)
 
     def test_join_sends_the_browser_to_the_meetings_server_without_a_call(self):
         self.create("room")
@@ -1097,7 +1107,7 @@ class ServersFileTest(ClusterTest):
         self.assertEqual(self.cluster.find("room1"), (None, "nowhere"))
         for number in range(2, 8):
             self.create(f"room{number}")
-        self.assertEqual([len(fake.meetings) for fake in self.fakes], [5, 1, 2])
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [4, 1, 3])     # one turn of the first was before
         self.assertEqual(gone.count("getMeetings", "getMeetingInfo"), 0)
 
     def test_the_watch_takes_up_a_new_file_and_keeps_the_old_list_if_it_is_broken(self):
@@ -1115,5 +1125,894 @@ class ServersFileTest(ClusterTest):
             self.assertTrue(until(lambda: "after the file was gone" in self.cluster.meetings))
 
 
+# ---- lists, recordings, hooks ----------------------------------------------------------------------------------------
+
+class ListsTest(ClusterTest):
+    SHAPES = {      # call -> the empty answer, the path of an item
+        "getMeetings": ("<meetings/><messageKey>noMeetings</messageKey><message>no meetings were found on this server</message>",
+                        "meetings/meeting"),
+        "getSessions": ("<sessions/><messageKey>noSessions</messageKey><message>no sessions were found on this serverr</message>",
+                        "sessions/meeting"),
+        "getRecordings": ("<recordings></recordings><messageKey>noRecordings</messageKey>"
+                          "<message>There are no recordings for the meeting(s).</message>", "recordings/recording"),
+    }
+
+    def test_empty_lists_have_bbbs_shape_to_the_letter(self):
+        for call, (empty, _) in self.SHAPES.items():
+            answer = self.get(call)
+            self.assertEqual(answer.body.decode(), f"<response><returncode>SUCCESS</returncode>{empty}</response>")
+            self.assertEqual(answer.headers["Content-Type"], "text/xml;charset=utf-8")
+
+    def test_lists_have_what_all_servers_have(self):
+        for number, fake in enumerate(self.fakes):
+            fake.put(f"r\u00f6\u00f6m & {number}", people=number)
+            fake.record(f"lecture{number}", number)
+        for call, (_, path) in self.SHAPES.items():
+            with self.subTest(call):
+                answer = self.get(call)
+                self.assertEqual((len(answer.xml.findall(path)), [child.tag for child in answer.xml]),
+                                 (3, ["returncode", path.split("/")[0]]))
+                self.assertEqual(self.counts(call), [1, 1, 1])
+                self.survey()
+        self.assertEqual({item.findtext("meetingID") for item in self.get("getMeetings").xml.iter("meeting")},
+                         {f"r\u00f6\u00f6m & {number}" for number in range(3)})
+
+    def test_one_bad_server_never_spoils_meetings_and_sessions(self):
+        for fake in self.fakes:
+            fake.put("at " + fake.name)
+        self.survey()
+        deep = "<response><returncode>SUCCESS</returncode><meetings>" + "<a>" * 100000 + "</a>" * 100000 + "</meetings></response>"
+        for fault in (silent, reset, status(500), status(502), status(404), status(200, "<response><meet", "text/xml"),
+                      status(200, "\u00e4".encode("latin-1"), "text/xml"), status(200, "<meetings/>", "text/xml"), status(200, ""),
+                      status(200, '<?xml version="1.0" encoding="klingon"?><response/>', "text/xml"),
+                      status(200, deep, "text/xml"), lambda handler: failed("apiNotEnabled"),
+                      status(200, "<response><returncode>SUCCESS</returncode></response>", "text/xml"),
+                      lambda handler: failed("checksumError")):
+            for call in ("getMeetings", "getSessions"):
+                with self.subTest((call, fault)):
+                    self.fakes[1].faults[call] = fault
+                    answer = self.get(call)
+                    self.assertEqual((answer.returncode, len(answer.xml.findall(self.SHAPES[call][1]))), ("SUCCESS", 2))
+                    self.fakes[1].faults.clear()
+                    self.survey()
+
+    def test_if_all_servers_refuse_the_answer_is_bbbs_own(self):
+        for fake in self.fakes:
+            fake.faults["*"] = lambda handler: failed("apiNotEnabled")
+        for call in ("getMeetings", "getSessions", "getRecordings", "deleteRecordings"):
+            self.assertEqual(self.get(call, "recordID=x").messageKey, "apiNotEnabled", call)
+
+    def test_entity_bombs_and_endless_answers_are_refused(self):
+        bomb = ('<!DOCTYPE x [<!ENTITY a "' + "a" * 10000 + '">' + "".join(
+            f'<!ENTITY {new} "{f"&{old};" * 10}">' for old, new in zip("abcdef", "bcdefg")) + "]><response>&g;</response>")
+        self.fakes[1].put("room")
+        self.survey()
+        headers = b"".join(b"X-%d: y\r\n" % number for number in range(200))
+        with mock.patch.multiple(tinyscale, MAX_ANSWER=100000):
+            for fault in (status(200, bomb, "text/xml"), status(200, "x" * 200000), sends(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000),
+                          sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n30d40\r\n" + b"x" * 200000),
+                          sends(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 200000),
+                          sends(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n"), sends(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000)):
+                self.fakes[1].faults["getMeetingInfo"] = fault
+                self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "serverUnavailable")
+                self.fakes[1].faults.clear()
+                self.survey()
+
+
+class RecordingsTest(ClusterTest):
+    def setUp(self):
+        super().setUp()
+        self.ids = [fake.record(f"lecture{number}", 1000 + number) for number, fake in enumerate(self.fakes)]
+
+    def listed(self, query=""):
+        return [item.findtext("recordID") for item in self.get("getRecordings", query).xml.iter("recording")]
+
+    def test_the_newest_come_first_and_each_once(self):
+        self.fakes[0].record("", 1002, copy_of=self.ids[2])
+        self.assertEqual(self.listed(), self.ids[::-1])
+
+    def test_selections(self):
+        self.fakes[2].recordings[self.ids[2]]["state"] = "unpublished"
+        self.fakes[1].recordings[self.ids[1]]["meta"]["course"] = "7"
+        for query, expected in ((f"recordID={self.ids[0]}", [0]), (f"recordID={self.ids[0]},{self.ids[2]},", [2, 0]),
+                                ("meetingID=lecture1", [1]), ("meetingID=lecture1,lecture0,,", [1, 0]), ("meetingID=&recordID=", [2, 1, 0]),
+                                ("state=published", [1, 0]), ("state=unpublished", [2]), ("meta_course=7", [1]), ("recordID=no", []),
+                                (f"recordID={self.ids[0]}%2C{self.ids[1]}", [1, 0]),
+                                ("recordID=" + ",".join(["x" * 54] * 99 + [self.ids[1]]), [1])):
+            self.assertEqual(self.listed(query), [self.ids[number] for number in expected], query[:99])
+
+    def test_pages_of_the_merged_list(self):
+        for number in range(150):
+            self.fakes[number % 3].record(f"more{number}", 2000 + number)
+        every = self.listed()
+        self.assertEqual(len(every), 153)
+        for offset, limit, first, last in (("0", "10", 0, 10), ("10", "5", 10, 15), (None, "3", 0, 3), ("150", "100", 150, 153),
+                                           ("-4", "0", 0, 1), ("x", "-7", 0, 1), ("1", "1000", 1, 101), ("200", "2", 200, 200)):
+            query = f"limit={limit}" + (f"&offset={offset}" if offset else "")
+            with self.subTest(query):
+                answer = self.get("getRecordings", query)
+                self.assertEqual([item.findtext("recordID") for item in answer.xml.iter("recording")], every[first:last])
+                pagination = answer.xml.find("pagination")
+                self.assertEqual(answer.xml[-1].tag, "pagination")
+                self.assertEqual([pagination.findtext(path) for path in ("pageable/offset", "pageable/limit", "pageable/paged",
+                                                                          "pageable/unpaged", "totalElements", "empty")],
+                                 [str(first), str(min(100, max(1, int(limit)))), "true", "false", "153", str(first == last).lower()])
+        for limit in ("", "ten", "1.5"):
+            self.assertEqual(self.listed(f"limit={limit}&offset=2"), every)
+            self.assertIsNone(self.get("getRecordings", f"limit={limit}").xml.find("pagination"))
+
+    def test_a_list_that_lacks_a_server_is_no_success(self):
+        for fault in (silent, reset, status(500), status(502), status(200, "<response><rec", "text/xml"), lambda handler: failed("apiNotEnabled")):
+            self.fakes[1].faults["getRecordings"] = fault
+            for query, key in (("", "serverUnavailable"), ("meetingID=lecture0", "serverUnavailable"), ("recordID=no", "serverUnavailable"),
+                               (f"recordID={self.ids[0]},{self.ids[1]}", "serverUnavailable"),
+                               (f"recordID={self.ids[0][:20]}", "serverUnavailable"),
+                               (f"recordID={self.ids[0]},{self.ids[2]},", None)):
+                with self.subTest((query, fault)):
+                    self.assertEqual(self.get("getRecordings", query).messageKey, key)
+            self.fakes[1].faults.clear()
+            self.survey()
+
+    def test_a_server_that_lists_recordings_only_in_pages_is_not_taken_for_an_empty_one(self):
+        self.fakes[1].refuses_all_recordings = True
+        self.assertEqual(self.get("getRecordings", "limit=10").messageKey, "serverUnavailable")
+        self.assertEqual(self.listed("meetingID=lecture1"), self.ids[1:2])
+
+    def test_changes_reach_the_servers_that_have_the_recordings(self):
+        for call, extra, element in (("publishRecordings", "&publish=false", "published"), ("updateRecordings", "&meta_x=y", "updated"),
+                                     ("deleteRecordings", "", "deleted")):
+            for wanted, owners in (([0], [1, 0, 0]), ([0, 1], [1, 1, 0]), ([2, None, 1], [0, 1, 1])):
+                query = "recordID=" + ",".join("unknown" if number is None else self.ids[number] for number in wanted) + extra
+                with self.subTest((call, wanted)):
+                    answer = self.get(call, query)
+                    self.assertEqual((answer.returncode, self.counts(call)), ("SUCCESS", owners))
+                    self.assertIsNotNone(answer.xml.find(element))
+                    for fake in self.fakes:
+                        fake.calls.clear()
+                        for recording in fake.recordings.values():
+                            recording["state"] = "published"
+            self.assertEqual(self.get(call, f"recordID=unknown,too{extra}").messageKey, "notFound")
+            self.assertEqual(self.get(call, extra[1:]).messageKey, "missingParamRecordID")
+
+    def test_a_change_of_what_is_found_nowhere_is_refused_while_a_server_is_down(self):
+        self.fakes[1].down()
+        self.survey()
+        for call in ("publishRecordings", "deleteRecordings", "updateRecordings"):
+            for ids in ([self.ids[1]], [self.ids[0], self.ids[1]], ["unknown"]):
+                answer = self.get(call, f"recordID={','.join(ids)}&publish=false")
+                self.assertEqual((answer.messageKey, self.counts(call)), ("serverUnavailable", [0, 0, 0]))
+        answer = self.get("deleteRecordings", f"recordID={self.ids[0]},{self.ids[2]}")
+        self.assertEqual((answer.deleted, self.counts("deleteRecordings")), ("true", [1, 0, 1]))
+
+    def test_text_tracks_are_json_and_reach_the_one_owner_once(self):
+        put = self.get("putRecordingTextTrack", f"recordID={self.ids[1]}&kind=subtitles&lang=de-DE&label=x", method="POST",
+                       body=b"--B\r\nContent-Disposition: form-data; name=file; filename=a.vtt\r\n\r\nWEBVTT\xff\r\n--B--\r\n",
+                       headers={"Content-Type": "multipart/form-data; boundary=B"})
+        self.assertEqual(json.loads(put.body)["response"]["messageKey"], "upload_text_track_success")
+        self.assertEqual(self.counts("putRecordingTextTrack"), [0, 1, 0])
+        _, _, method, body, content_type = self.fakes[1].calls[-1]
+        self.assertEqual((method, content_type, b"WEBVTT\xff" in body), ("POST", "multipart/form-data; boundary=B", True))
+        got = self.get("getRecordingTextTracks", f"recordID={self.ids[1]}")
+        self.assertEqual((got.headers["Content-Type"], json.loads(got.body)["response"]["tracks"]),
+                         ("application/json;charset=utf-8", [{"kind": "subtitles", "lang": "de-DE"}]))
+        missing = json.loads(self.get("getRecordingTextTracks", "recordID=no").body)["response"]
+        self.assertEqual(missing["messageKey"], "noCaptionsFound")
+        self.fakes[1].down()
+        self.survey()
+        gone = self.get("getRecordingTextTracks", f"recordID={self.ids[1]}")
+        self.assertEqual((gone.headers["Content-Type"].partition(";")[0], json.loads(gone.body)["response"]["messageKey"]),
+                         ("application/json", "serverUnavailable"))
+
+
+class HooksTest(ClusterTest):
+    URL = "callbackURL=https%3A%2F%2Fmoodle.example.org%2Fhook%3Fa%3D1"
+
+    def test_a_hook_on_all_servers_is_one_hook_for_the_caller(self):
+        for without_hooks in (None, 0, 1):
+            with self.subTest(without_hooks=without_hooks):
+                for number, fake in enumerate(self.fakes):
+                    fake.has_hooks = number != without_hooks
+                first, again = self.get("hooks/create", self.URL), self.get("hooks/create", self.URL)
+                self.assertEqual((first.messageKey, again.messageKey), (None, "duplicateWarning"))
+                self.assertTrue(first.hookID and first.hookID == again.hookID)
+                self.get("hooks/create", "callbackURL=https%3A%2F%2Fother.example.org")
+                hooks = self.get("hooks/list").xml.findall("hooks/hook")
+                self.assertEqual([hook.findtext("callbackURL") for hook in hooks],
+                                 ["https://moodle.example.org/hook?a=1", "https://other.example.org"])
+                self.assertEqual(hooks[0].findtext("hookID"), first.hookID)
+                self.assertEqual(self.get("hooks/destroy", f"hookID={first.hookID}").removed, "true")
+                self.assertEqual(self.get("hooks/destroy", f"hookID={first.hookID}").messageKey, "destroyMissingHook")
+                self.assertEqual(self.get("hooks/destroy", f"hookID={hooks[1].findtext('hookID')}").removed, "true")
+                self.assertEqual([fake.hooks for fake in self.fakes], [{}, {}, {}])
+                self.assertEqual(self.get("hooks/list").body, b"<response><returncode>SUCCESS</returncode><hooks></hooks></response>")
+        self.assertEqual(self.get("hooks/destroy").messageKey, "missingParamHookID")
+        self.assertEqual(self.get("hooks/create", "").messageKey, "missingParamCallbackURL")
+
+    def test_webhooks_that_are_missing_or_refuse_are_no_outage_of_the_server(self):
+        self.fakes[0].has_hooks = False
+        self.fakes[1].faults["hooks/create"] = lambda handler: failed("checksumError")
+        self.assertEqual(self.get("hooks/create", self.URL).returncode, "SUCCESS")
+        self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
+
+
+# ---- bodies and content ----------------------------------------------------------------------------------------------
+
+class BodiesTest(ClusterTest):
+    SLIDES = '<?xml version="1.0" encoding="UTF-8"?>\n<modules><module name="presentation">\u00e4</module></modules>\r\n'.encode()
+
+    def post(self, call, query, body, content_type, **kwargs):
+        return self.get(call, query, method="POST", body=body, headers={"Content-Type": content_type}, **kwargs)
+
+    def test_xml_passes_byte_for_byte_with_a_bare_content_type(self):
+        for content_type in ("application/xml", "text/xml; charset=UTF-8", "Application/XML;charset=utf-8",
+                             "application/x-www-form-urlencoded"):
+            for body in (self.SLIDES, b"\xef\xbb\xbf \n" + self.SLIDES):
+                answer = self.post("create", "name=x&meetingID=room", body, content_type)
+                self.assertEqual(answer.returncode, "SUCCESS")
+                owner, = self.having("room")
+                self.assertEqual(owner.calls[-1][2:], ("POST", body, "application/xml"))
+        self.assertEqual(self.post("insertDocument", "meetingID=room", self.SLIDES, "application/xml").returncode, "SUCCESS")
+
+    def form(self, call, text, over, **kwargs):
+        checksum = hashlib.sha256((call + over + SECRET).encode()).hexdigest()
+        return self.http(f"/bigbluebutton/api/{call}", "POST", f"{text}&checksum={checksum}".encode(),
+                         {"Content-Type": "application/x-www-form-urlencoded; charset=UTF-8", **kwargs})
+
+    def test_a_form_counts_as_the_query_and_goes_on_in_the_url(self):
+        text = "name=A+b&meetingID=room&moderatorPW=m%26p&attendeePW=ap"
+        for over in (text, ""):
+            self.assertEqual(self.form("create", text, over).returncode, "SUCCESS")
+            owner, = self.having("room")
+            self.assertEqual(owner.calls[-1][1:4], (signed("create", text, owner.secret, "sha256"), "POST", b""))
+        self.assertEqual(self.form("create", text, "something else").messageKey, "checksumError")
+        self.assertEqual(self.form("end", "meetingID=room&password=m%26p", "").messageKey, "sentEndMeetingRequest")
+        self.assertEqual(self.form("getMeetings", "a=b", "a=b").returncode, "SUCCESS")
+
+    def test_parameters_in_both_places_and_other_types_are_refused(self):
+        query = "name=x&meetingID=room"
+        form = "application/x-www-form-urlencoded"
+        self.assertEqual(self.post("create", query, b"attendeePW=ap", form).messageKey, "checksumError")
+        self.assertEqual(self.post("create", "", query.encode(), form).messageKey, "checksumError")
+        mixed = self.http(f"/bigbluebutton/api/create?{query}", "POST", signed("create", query).encode(), {"Content-Type": form})
+        self.assertEqual(mixed.messageKey, "checksumError")
+        for content_type in ("application/json", "text/plain", ""):
+            self.assertEqual(self.post("create", query, b"{}", content_type).messageKey, "unsupportedContentType")
+        self.assertEqual(self.counts("create"), [0, 0, 0])
+        for bad in ("name=x y&meetingID=room", "name=x#&meetingID=room", "name=\u00e4&meetingID=room", "name=x\r\nA: b"):
+            self.assertEqual(self.form("create", bad, bad).status, 400)
+
+    def test_an_empty_body_is_none_whatever_its_type(self):
+        self.create("room")
+        for content_type in ("application/json", "application/xml", "application/x-www-form-urlencoded"):
+            answer = self.get("getMeetingInfo", "meetingID=room", method="POST", body=b"", headers={"Content-Type": content_type})
+            self.assertEqual(answer.meetingID, "room")
+
+    def test_20_megabytes_of_slides(self):
+        slides = b"<modules>" + b"A" * 20 * 2**20 + b"</modules>"
+        self.assertEqual(self.post("create", "name=x&meetingID=room", slides, "application/xml").returncode, "SUCCESS")
+        self.assertTrue(self.having("room")[0].calls[-1][3] == slides)
+
+    def test_limits(self):
+        with mock.patch.multiple(tinyscale, MAX_BODY=1000, MAX_QUERY=100):
+            answer = self.post("create", "meetingID=room", b"<" + b"x" * 10**6, "application/xml")
+            self.assertEqual((answer.status, answer.messageKey, answer.headers["Connection"]), (413, "requestTooLarge", "close"))
+            self.assertEqual(self.form("create", "meetingID=room&name=" + "x" * 200, "").status, 413)
+        self.assertEqual(self.counts("create"), [0, 0, 0])
+
+    def test_who_does_not_know_the_secret_cannot_make_us_read_a_body(self):
+        with mock.patch.object(tinyscale.Handler, "body", side_effect=AssertionError("it was read")):
+            answer = self.post("create", "meetingID=room", self.SLIDES, "application/xml", secret="wrong")
+        self.assertEqual(answer.messageKey, "checksumError")
+
+    def test_expect_100_continue(self):
+        query = signed("create", "name=x&meetingID=room")
+        head = f"POST /bigbluebutton/api/create?{query}%s HTTP/1.1\r\nExpect: 100-continue\r\nContent-Type: text/xml\r\nContent-Length: 4\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+            connection.sendall((head % "").encode())
+            self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(b"<x/>")
+            self.assertIn(b"<returncode>SUCCESS", connection.recv(10000))
+
+    def test_what_a_server_says_arrives_unchanged(self):
+        self.fakes[0].put("room")
+        self.survey()
+        for code, body, content_type in ((200, "<response><returncode>SUCCESS</returncode><x>\u00e4&#9;</x>\r\n</response>", "text/xml"),
+                                         (200, '{"response": 1}', "application/json"), (404, "<html>", "text/html;charset=utf-8"),
+                                         (500, "oops", "text/plain"), (201, "", "text/xml"), (200, "<x/>", "")):
+            self.fakes[0].faults["newCall"] = status(code, body, content_type, X_Other="no", Set_Cookie="a=b; Path=/")
+            answer = self.get("newCall", "meetingID=room", headers={"Accept": "application/json"})
+            self.assertEqual((answer.status, answer.body, answer.headers["Content-Type"], answer.headers["Set-Cookie"]),
+                             (code, body.encode(), content_type or None, "a=b; Path=/"))
+            self.assertIsNone(answer.headers["X-Other"])
+            self.assertNotIn("", answer.headers.values())
+
+    def test_redirects_of_a_server_are_not_passed_on_and_never_followed(self):
+        self.fakes[0].put("room")
+        self.survey()
+        for code in (301, 302, 303, 307, 308):
+            self.fakes[0].faults["end"] = status(code, Location=self.fakes[1].url + "/bigbluebutton/api/end")
+            self.assertEqual(self.get("end", "meetingID=room").messageKey, "serverUnavailable")
+            self.assertIn("a redirect?", self.log.getvalue())
+            self.survey()
+        self.assertEqual(self.counts("end"), [0, 0, 0])
+
+
+class ClientHabitsTest(ClusterTest):
+    """Each test is what one front end is known to do."""
+
+    def test_moodle_sends_an_ampersand_first_and_follows_no_redirects(self):
+        self.fakes[1].put("room")
+        value = hashlib.sha256(f"getMeetings{SECRET}".encode()).hexdigest()
+        self.assertEqual(self.http(f"/bigbluebutton/api/getMeetings?&checksum={value}").returncode, "SUCCESS")
+        ids = [self.fakes[number % 3].record(f"lecture{number}", number) for number in range(25)]
+        answer = self.get("getRecordings", f"recordID={','.join(ids)},&state=any")
+        self.assertEqual((answer.status, len(answer.xml.findall("recordings/recording"))), (200, 25))
+        self.assertEqual(len(self.get("getRecordings", "meetingID=none").xml.findall("recordings")), 1)
+
+    def test_nextcloud_signs_the_root_with_an_empty_secret(self):
+        for path in ("/bigbluebutton/api/", "/bigbluebutton/api", "/bigbluebutton/"):
+            answer = self.http(f"{path}?checksum={hashlib.sha1(b'').hexdigest()}")
+            self.assertEqual((answer.status, answer.returncode, answer.version), (200, "SUCCESS", "2.0"))
+
+    def test_greenlight_repeats_a_create_without_passwords_and_asks_for_meeting_0(self):
+        first, again = self.create("room"), self.create("room")
+        self.assertEqual((again.messageKey, again.internalMeetingID), ("duplicateWarning", first.internalMeetingID))
+        self.assertEqual(self.get("isMeetingRunning", "meetingID=0").running, "false")
+
+    def test_mattermost_sends_empty_parameters(self):
+        self.create("room", "&parentMeetingID=&logoutURL=&redirect=")
+        answer = self.get("join", "fullName=X&meetingID=room&redirect=&password=")
+        self.assertEqual(answer.status, 302)
+
+    def test_bbb_exporter_sends_the_checksum_first(self):
+        value = hashlib.sha1(f"getRecordingsstate=published{SECRET}".encode()).hexdigest()
+        self.assertEqual(self.http(f"/bigbluebutton/api/getRecordings?checksum={value}&state=published").returncode, "SUCCESS")
+
+    def test_the_php_library_signs_with_sha256_and_labels_its_posts_as_forms(self):
+        answer = self.get("create", "name=x&meetingID=room", digest="sha256", method="POST", body=BodiesTest.SLIDES,
+                          headers={"Content-Type": "application/x-www-form-urlencoded", "Expect": "100-continue"})
+        self.assertEqual(answer.returncode, "SUCCESS")
+
+    def test_a_java_client_wants_exactly_200(self):
+        for call in ("getMeetingInfo", "end", "isMeetingRunning", "getRecordings"):
+            self.assertEqual(self.get(call, "meetingID=no").status, 200)
+
+    def test_a_front_end_with_a_secret_of_its_own(self):
+        self.assertEqual(self.get("getMeetings", secret="another-secret").returncode, "SUCCESS")
+        self.assertEqual(self.get("getMeetings", secret="wrong").messageKey, "checksumError")
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+
+class HttpTest(ClusterTest):
+    servers = 1
+    PATH = "/bigbluebutton/api/getMeetings?" + signed("getMeetings", "")
+
+    def statuses(self, data):
+        received = self.talk(data)
+        return re.findall(rb"HTTP/1\.1 (\d{3}) ", received), received.endswith(b"...")
+
+    def test_hostile_requests(self):
+        """For each the status of the answer; the connection is closed, and nothing of what follows is taken for a call."""
+        path, smuggled = self.PATH.encode(), b"GET /health HTTP/1.1\r\nHost: smuggled\r\n\r\n"
+        get, post = b"GET " + path + b" HTTP/1.1\r\n", b"POST " + path + b" HTTP/1.1\r\nContent-Type: text/xml\r\n"
+        table = [
+            (post + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+            (post + b"Transfer-Encoding: chunked\r\n\r\n5\r\n<xml>\r\n0\r\n\r\n", 411),
+            (post + b"Transfer-Encoding: identity\r\n\r\n", 411),
+            (post + b"transfer-encoding:\tchunked\r\nContent-Length: 0\r\n\r\n", 411),
+            (post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n<xml>", 400),
+            (post + b"Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+            (post + b"Content-Length: -1\r\n\r\n", 400), (post + b"Content-Length: +5\r\n\r\n<xml>", 400),
+            (post + b"Content-Length: 1_0\r\n\r\n<xml></xml", 400), (post + b"Content-Length: 5, 5\r\n\r\n<xml>", 400),
+            (post + b"Content-Length: 0x5\r\n\r\n<xml>", 400), (post + b"Content-Length: \xb2\r\n\r\n<x", 400),
+            (post + b"Content-Length:\r\n\r\n", 400), (post + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
+            (post + b"Content-Length: 5\r\n 6\r\n\r\n<xml>", 400),
+            (post + b"Content-Length: 999999999999\r\n\r\n", 413),
+            (post + b"no colon\r\nContent-Length: 5\r\n\r\n<xml>", 400), (post + b"Content-Length : 5\r\n\r\n<xml>", 400),
+            (post + b": no name\r\n\r\n", 400), (get + b" continued: 5\r\n\r\n", 400),
+            (get + b"A: b\r\n" * 101 + b"\r\n", 431), (get + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431),
+            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
+            (b"GET  " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET\t" + path + b" HTTP/1.1\r\n\r\n", 400),
+            (b" GET " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET " + path + b"\r\n\r\n", 400), (b"GET\r\n\r\n", 400),
+            (b"\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400), (b"\x00\r\n\r\n", 400),
+            (b"get " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET " + path + b" HTTP/2.0\r\n\r\n", 400),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400), (b"GET " + path + b" HTTP/1.1 x\r\n\r\n", 400),
+            (b"GET " + path + b" ICY/1.1\r\n\r\n", 400), (b"GET " + path + b" HTTP/1.11111111\r\n\r\n", 400),
+            (b"DELETE " + path + b" HTTP/1.1\r\n\r\n", 501), (b"OPTIONS * HTTP/1.1\r\n\r\n", 501), (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 501),
+        ] + [(b"GET /bigbluebutton/api/getMeetings?a=" + bad + b" HTTP/1.1\r\n\r\n", 400)
+             for bad in (b"\x00", b"\r", b"x\rX: y", b"\x0b", b"\x1f", b"\x7f", b"\x85", b"\xa0", b"\xff", "\u00e4".encode(), b"x y", b"#b")
+             ] + [(b"GET /bigbluebutton/api/" + bad + b" HTTP/1.1\r\n\r\n", 400) for bad in (b"\x00", b"\x85create", "\u00e4".encode(), b"#")]
+        for data, expected in table:
+            with self.subTest(data[:120]):
+                self.log.truncate(0)
+                answer = self.talk(data + smuggled)
+                self.assertEqual(re.findall(rb"HTTP/1\.1 (\d{3}) ", answer), [b"%d" % expected], answer)
+                self.assertFalse(answer.endswith(b"..."))
+                head, _, body = answer.partition(b"\r\n\r\n")
+                self.assertIn(b"Content-Type: text/xml;charset=utf-8", head)
+                self.assertEqual(ET.fromstring(body).findtext("returncode"), "FAILED")
+                self.assertTrue(until(lambda: self.log.getvalue().count("\n") == 1), self.log.getvalue())
+        self.assertEqual(self.fakes[0].calls, [])
+
+    def test_paths_that_are_none_of_ours(self):
+        for path in ("/", "/bigbluebutton", "/bigbluebutton/x", "/bigbluebutton/api/../api/getMeetings", "/bigbluebutton/api/%2e%2e/x",
+                     "/bigbluebutton/api/create/", "/bigbluebutton/api//create", "//bigbluebutton/api/", "/bigbluebutton/api/getMeetings1",
+                     "/bigbluebutton/api/get%4Deetings", "/bigbluebutton/api/a;b", "/health/", "*", "/status", "/metrics",
+                     "http://127.0.0.1", "/BigBlueButton/api/"):
+            received = self.talk(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+            self.assertTrue(received.startswith(b"HTTP/1.1 404 "), path)
+            self.assertIn(b"<messageKey>notFound", received)
+
+    def test_the_absolute_form_of_a_target_is_taken(self):
+        for target in ("http://any.example.org" + self.PATH, "HTTPS://x:1" + self.PATH):
+            received = self.talk(f"GET {target} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+            self.assertEqual(b"SUCCESS" in received, target.startswith("http://"), received)
+
+    def test_connections_stay_open_after_requests_without_a_body_only(self):
+        get = f"GET {self.PATH} HTTP/1.1\r\n"
+        self.assertEqual(self.statuses(f"{get}\r\n{get}\r\n{get}Connection: close\r\n\r\n".encode()), ([b"200"] * 3, False))
+        self.assertEqual(self.statuses(f"{get}Content-Length: 0\r\n\r\n{get}Connection: close\r\n\r\n".encode()), ([b"200"] * 2, False))
+        for last in (f"GET {self.PATH} HTTP/1.0\r\n\r\n", f"GET {self.PATH} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+                     f"{get}Connection: close\r\n\r\n", get.replace("GET", "POST") + "Content-Type: text/xml\r\nContent-Length: 4\r\n\r\n<x/>"):
+            received = self.talk(f"{last}{get}\r\n".encode())
+            self.assertEqual((received.count(b"HTTP/1.1 200"), received.count(b"Connection: close")), (1, 1))
+
+    def test_a_request_may_come_byte_by_byte(self):
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+            for byte in f"GET {self.PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n":
+                connection.sendall(byte.encode())
+            self.assertTrue(connection.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n"))
+
+    def test_head_is_answered_like_get_without_the_body(self):
+        get, head = self.http(self.PATH), self.http(self.PATH, "HEAD")
+        self.assertEqual((head.status, head.headers["Content-Length"], head.body), (200, str(len(get.body)), b""))
+        self.assertEqual(self.fakes[0].calls[-1][2], "GET")
+
+    def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
+        post = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 100\r\n\r\nhalf"
+        for data in (post, f"GET {self.PATH} HTTP/1.1\r\nX: "):
+            self.log.truncate(0)
+            with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+                connection.sendall(data.encode())
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.assertTrue(until(lambda: self.log.getvalue().count("\n") == 1), self.log.getvalue())
+            self.assertIn("127.0.0.1 went away", self.log.getvalue())
+        self.assertTrue(until(lambda: not self.balancer.connections))
+
+    def test_a_mistake_of_ours_is_answered_and_logged_without_its_text(self):
+        with mock.patch.dict(tinyscale.CALLS, getMeetings=mock.Mock(side_effect=KeyError("a query"))):
+            answer = self.http(self.PATH)
+        self.assertEqual((answer.status, answer.messageKey), (500, "internalError"))
+        self.assertIn("getMeetings failed with KeyError", self.log.getvalue())
+        self.assertNotIn("a query", self.log.getvalue())
+
+    def test_header_lines_of_a_server_cannot_smuggle_in_others(self):
+        self.fakes[0].put("room")
+        self.survey()
+        self.fakes[0].faults["end"] = sends(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a=b\r\n X-Evil: 1\r\nContent-Type: a\rB: c\r\n\r\n")
+        answer = self.get("end", "meetingID=room")
+        self.assertNotIn("X-Evil", answer.headers)
+        self.assertNotIn("B", answer.headers)
+
+
+class CrowdTest(ClusterTest):
+    servers = 1
+    limits = {"MAX_CONNECTIONS": 50}
+
+    def open(self, count, data=b""):
+        connections = [socket.create_connection(("127.0.0.1", self.port), 5) for _ in range(count)]
+        for connection in connections:
+            self.addCleanup(connection.close)
+            connection.sendall(data)
+        return connections
+
+    def test_who_says_nothing_must_go_when_others_want_in(self):
+        for data in (b"", b"GET /bigbl", b"GET /health HTTP/1.1\r\nX-Slow: ",
+                     b"POST /bigbluebutton/api/end HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 99\r\n\r\nx"):
+            mute = self.open(50, data)
+            self.assertTrue(until(lambda: len(self.balancer.connections) == 50))
+            self.clock.ahead += 2
+            self.assertEqual(self.http("/health").status, 200)
+            closed, _, _ = select.select(mute, [], [], 5)
+            self.assertEqual([connection.recv(1000) for connection in closed], [b""])
+            for connection in mute:
+                connection.close()
+            self.assertTrue(until(lambda: not self.balancer.connections))
+
+    def test_who_is_being_answered_may_stay(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["sendChatMessage"] = held(gate, arrived)
+        query = signed("sendChatMessage", "meetingID=room")
+        self.create("room")
+        answered, = self.open(1, f"GET /bigbluebutton/api/sendChatMessage?{query} HTTP/1.1\r\n\r\n".encode())
+        arrived.wait(5)
+        self.open(49)
+        self.clock.ahead += 0.5
+        until(lambda: len(self.balancer.connections) == 50)
+        self.clock.ahead += 2
+        gate.set()
+        self.assertEqual(self.http("/health").status, 200)
+        self.assertTrue(answered.recv(1000).startswith(b"HTTP/1.1 200 OK"))
+
+    def test_nothing_is_left_behind(self):
+        """After 10,000 calls and 1,000 broken connections: threads, sockets, locks, probes and memory."""
+        def sockets():
+            return sum(os.path.realpath(f"/proc/self/fd/{name}").startswith("/proc/self/fd/socket") or "socket:" in os.readlink(
+                f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{name}"))
+        if not os.path.isdir("/proc/self/fd"):
+            self.skipTest("counts sockets in /proc")
+        self.create("room")
+        self.survey()
+
+        def calls(number):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+            with contextlib.closing(connection):
+                for count in range(1250):
+                    call, query = (("join", "meetingID=room"), ("isMeetingRunning", f"meetingID=no{number}"), ("getMeetings", ""),
+                                   ("getMeetingInfo", "meetingID=room"), ("bad", "x"))[0 if count % 25 else (count // 25) % 5]
+                    path = f"/bigbluebutton/api/{call}?{signed(call, query)}"
+                    connection.request("GET", path)
+                    connection.getresponse().read()
+        self.together([lambda number=number: calls(number) for number in range(2)])
+        before = threading.active_count(), sockets()
+        self.together([lambda number=number: calls(number) for number in range(8)])
+        for _ in range(1000):
+            with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+                connection.sendall(b"GET /health HT")
+        self.assertTrue(until(lambda: (threading.active_count(), sockets()) <= (before[0] + 16, before[1] + 32)),
+                        (before, threading.active_count(), sockets()))
+        self.survey()
+        self.assertTrue(until(lambda: not self.balancer.connections))
+        self.assertEqual((len(self.cluster.creating), self.cluster.probes, set(self.cluster.meetings)),
+                         (0, {}, {"room", self.fakes[0].meetings["room"].internal_id}))
+
+
+# ---- settings and the process ----------------------------------------------------------------------------------------
+
+class SettingsTest(unittest.TestCase):
+    def load(self, content, mode=0o600):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "servers.json")
+            with open(path, "wb") as file:
+                file.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+            os.chmod(path, mode)
+            return tinyscale.load_servers(path)
+
+    def test_every_form_of_host(self):
+        for host, expected in (("https://bbb1.example.org", None), ("https://bbb1.example.org/", None),
+                               ("https://bbb1.example.org/bigbluebutton", None), ("https://bbb1.example.org/bigbluebutton/", None),
+                               ("https://bbb1.example.org/bigbluebutton/api", None), ("https://bbb1.example.org/bigbluebutton/api/", None),
+                               ("HTTPS://BBB1.example.org:443", None), ("http://bbb1:80/", "http://bbb1"),
+                               ("http://127.0.0.1:8080", "http://127.0.0.1:8080"), ("https://[::1]:9", "https://[::1]:9"),
+                               ("http://bbb1:443", "http://bbb1:443")):
+            self.assertEqual(self.load([{"host": host, "secret": " s "}]),
+                             [tinyscale.Entry(expected or "https://bbb1.example.org", "s")])
+
+    def test_the_example(self):
+        with open(os.path.join(HERE, "servers.json.example"), "rb") as file:
+            entries = self.load(file.read())
+        self.assertTrue(len(entries) > 1 and all(entry.host.startswith("https://") for entry in entries))
+
+    def test_each_mistake_is_one_line_that_names_the_entry_and_the_mend(self):
+        good = {"host": "https://bbb1.example.org", "secret": "s"}
+        for content, words in ((b"", "must be JSON"), (b"\xff", "must be JSON"), (b"[" * 100000, "must be JSON"), ({}, "list of servers"),
+                               ([], "list of servers"), (["x"], "list of servers"), ([good, {"host": "https://b"}], 'entry 2 (https://b): "secret" is missing'),
+                               ([{"secret": "s"}], 'entry 1: "host" is missing'), ([{**good, "secret": " "}], "'bbb-conf --secret'"),
+                               ([{**good, "secret": 5}], "'bbb-conf --secret'"), ([good, {**good, "host": "https://BBB1.example.org/bigbluebutton/"}],
+                                                                                   "entry 2 (https://bbb1.example.org): an earlier entry"),
+                               ([{**good, "wieght": 2}], 'unknown key "wieght"'), ([{**good, "checksum": "md5"}], '"checksum" must be'),
+                               ([{**good, "cordoned": "yes"}], '"cordoned" must be true or false'),
+                               *(([{**good, "weight": weight}], '"weight" must be a whole number') for weight in (0, -1, 1.5, "2", True, None, 101)),
+                               *(([{**good, "host": host}], '"host" must look like') for host in
+                                 ("bbb1.example.org", "ftp://b", "https://", "https://a b", "https://u:p@b", "https://b/other", "https://b?x", "https://b:x",
+                                  "https://b:99999", "https://b:0", "https://[::1", "https://b\u00fccher.example", None, 5, ["https://b"], "https://b\n"))):
+            with self.subTest(content if len(content) < 99 else words), self.assertRaises(tinyscale.SettingsError) as caught:
+                self.load(content)
+            self.assertIn(words, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+            self.assertNotIn("u:p", str(caught.exception))
+
+    def test_a_file_that_everyone_may_read_is_warned_about(self):
+        content = [{"host": "https://b", "secret": "s"}]
+        with self.assertLogs("tinyscale", "WARNING") as logs:
+            self.load(content, 0o644)
+        self.assertIn("chmod o-r", logs.output[0])
+        with self.assertLogs("tinyscale", "WARNING") as logs:
+            tinyscale.log.warning("nothing else")
+            self.load(content, 0o640)
+        self.assertEqual(len(logs.output), 1)
+
+    def test_secrets(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write("third\n\n fourth \n")
+            file.flush()
+            for text, path, expected in (("first, second", "", ["first", "second"]), ("", file.name, ["third", "fourth"]),
+                                         ("first", file.name, ["first", "third", "fourth"])):
+                with mock.patch.dict(os.environ, TINYSCALE_SECRET=text, TINYSCALE_SECRET_FILE=path):
+                    self.assertEqual(tinyscale.load_secrets(), expected)
+        for text, path, words in (("", "", "there is none"), (" ", "", "blank"), ("a,,b", "", "blank"), ("a, ", "", "blank"),
+                                  ("", "/nowhere/secret", "TINYSCALE_SECRET_FILE"), ("a", os.devnull + "/x", "TINYSCALE_SECRET_FILE")):
+            with self.assertRaises(tinyscale.SettingsError) as caught, mock.patch.dict(
+                    os.environ, TINYSCALE_SECRET=text, TINYSCALE_SECRET_FILE=path):
+                tinyscale.load_secrets()
+            self.assertIn(words, str(caught.exception))
+
+
+class DocumentationTest(unittest.TestCase):
+    def setUp(self):
+        self.texts = {}
+        for name in ("README.md", "tinyscale.py"):
+            with open(os.path.join(HERE, name), encoding="utf-8") as file:
+                self.texts[name] = file.read()
+
+    def test_the_program_stays_small_and_needs_only_the_standard_library(self):
+        self.assertLessEqual(self.texts["tinyscale.py"].count("\n"), 900)
+        names = re.findall(r"^(?:import|from) ([a-z_]+)", self.texts["tinyscale.py"], re.MULTILINE)
+        self.assertTrue(names)
+        for name in names:
+            spec = __import__("importlib.util").util.find_spec(name)
+            self.assertNotIn("-packages", spec.origin or "", name)
+
+    def test_every_setting_key_and_call_is_in_the_readme(self):
+        names = re.findall(r"TINYSCALE_[A-Z]+(?:_FILE)?|--[a-z]+", self.texts["tinyscale.py"])
+        names += [f'`"{name}"`' for name in tinyscale.FIELDS] + [f"`{name}`" for name in tinyscale.CALLS] + ["PORT"]
+        for name in set(names):
+            self.assertIn(name.replace("--secret", "bbb-conf --secret"), self.texts["README.md"])
+        self.assertLessEqual(self.texts["README.md"].count("\n"), 250)
+
+
+class ProcessTest(unittest.TestCase):
+    """tinyscale as an admin starts it."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder, self.fakes = folder.name, [FakeBBB("bbb1"), FakeBBB("bbb2")]
+        for fake in self.fakes:
+            self.addCleanup(fake.down)
+        self.write_servers()
+
+    def write_servers(self, text=None):
+        with open(os.path.join(self.folder, "servers.json"), "w") as file:
+            file.write(text or json.dumps([{"host": fake.url, "secret": fake.secret} for fake in self.fakes]))
+        os.chmod(file.name, 0o600)
+
+    def run_it(self, *arguments, **env):
+        environment = {"PATH": os.environ["PATH"], "TINYSCALE_SECRET": SECRET, "PORT": "0", "PYTHONWARNINGS": "error", **env}
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinyscale.py"), *arguments], cwd=self.folder, env=environment,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        self.addCleanup(self.end, process)
+        return process
+
+    def end(self, process):
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+    def started(self, *arguments, **env):
+        """A running tinyscale, and its port."""
+        process = self.run_it(*arguments, **env)
+        self.lines = []
+        for line in process.stderr:
+            self.lines.append(line)
+            match = re.search(r"listens on port (\d+)", line)
+            if match:
+                return process, int(match[1])
+        self.fail("".join(self.lines))
+
+    def get(self, port, call, query="", **kwargs):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", f"/bigbluebutton/api/{call}?{signed(call, query)}", **kwargs)
+            return Answer(connection.getresponse())
+
+    def test_mistakes_end_in_one_line_and_status_2(self):
+        for env, arguments, words in (({"TINYSCALE_SECRET": ""}, (), "TINYSCALE_SECRET"), ({"TINYSCALE_SECRET": " "}, (), "TINYSCALE_SECRET"),
+                                      ({"PORT": "x"}, (), "PORT 'x'"), ({"PORT": "65536"}, (), "65536"), ({"PORT": "-1"}, (), "-1"),
+                                      ({"TINYSCALE_SERVERS": "none.json"}, (), "none.json"), ({"TINYSCALE_CERT": "no.pem"}, (), "no.pem"),
+                                      ({"TINYSCALE_KEY": "no.pem"}, (), "TINYSCALE_CERT")):
+            with self.subTest(env or arguments):
+                process = self.run_it(*arguments, **env)
+                output, errors = process.communicate(timeout=20)
+                self.assertEqual((process.returncode, output, errors.count("\n")), (2, "", 1), errors)
+                self.assertTrue(errors.startswith("tinyscale: "), errors)
+                self.assertIn(words, errors)
+
+    def test_a_port_in_use_is_one_line_and_status_1(self):
+        for bind in ("", "127.0.0.1", "::1"):
+            with self.subTest(bind):
+                _, port = self.started(TINYSCALE_BIND=bind)
+                second = self.run_it("--port", str(port), TINYSCALE_BIND=bind)
+                _, errors = second.communicate(timeout=20)
+                self.assertEqual((second.returncode, errors.count("\n")), (1, 1), errors)
+                self.assertIn("in use", errors)
+
+    def test_it_serves_ipv4_and_ipv6(self):
+        _, port = self.started()
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as connection:
+                connection.connect((address, port))
+                connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                self.assertIn(b"200 OK", connection.recv(1000))
+
+    def test_a_server_that_is_down_at_the_start_is_only_a_warning(self):
+        self.fakes[1].down()
+        _, port = self.started()
+        self.assertIn(f"{self.fakes[1].url} is down", "".join(self.lines))
+        self.assertIn("with 1 of 2 servers up", self.lines[-1])
+        self.assertEqual([self.get(port, "create", f"meetingID=room{number}").returncode for number in range(3)], ["SUCCESS"] * 3)
+
+    def test_after_kill_and_restart_each_meeting_is_still_on_its_server(self):
+        process, port = self.started()
+        for number in range(6):
+            self.get(port, "create", f"meetingID=room{number}")
+        process.kill()
+        process.wait()
+        _, port = self.started()
+        for number in range(6):
+            location = self.get(port, "join", f"meetingID=room{number}&fullName=X").headers["Location"]
+            self.assertTrue(location.startswith(self.fakes[number % 2].url))
+            self.assertEqual(self.get(port, "create", f"meetingID=room{number}").messageKey, "duplicateWarning")
+
+    def test_sigterm_finishes_what_is_in_progress(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process, port = self.started()
+            gate, arrived, answers = threading.Event(), threading.Event(), []
+            self.fakes[0].faults["sendChatMessage"] = held(gate, arrived)
+            self.fakes[0].put("room")
+            idle = socket.create_connection(("127.0.0.1", port), 5)
+            self.addCleanup(idle.close)
+            slow = threading.Thread(target=lambda: answers.append(self.get(port, "sendChatMessage", "meetingID=room")))
+            slow.start()
+            arrived.wait(5)
+            process.send_signal(number)
+
+            def refused():
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    return False
+                return True
+            self.assertTrue(until(refused))
+            self.assertIsNone(process.poll())
+            gate.set()
+            slow.join(10)
+            self.assertEqual((answers[0].returncode, answers[0].headers["Connection"]), ("SUCCESS", "close"))
+            self.assertEqual(process.wait(10), 0)
+            errors = process.stderr.read()
+            self.assertTrue(errors.endswith("stopped\n"), errors)
+            self.assertNotIn("Traceback", errors)
+
+    def test_a_second_sigterm_ends_at_once_even_with_a_hung_server(self):
+        process, port = self.started()
+        self.fakes[0].put("room")
+        self.get(port, "getMeetingInfo", "meetingID=room")
+        self.fakes[0].faults["*"] = silent
+        arrived = self.fakes[0].calls.__len__()
+        hung = threading.Thread(target=lambda: self.assertRaises(Exception, self.get, port, "end", "meetingID=room"))
+        hung.start()
+        self.assertTrue(until(lambda: len(self.fakes[0].calls) > arrived))
+        process.terminate()
+        until(lambda: "stopping" in self.read_some(process))
+        process.terminate()
+        self.assertEqual(process.wait(5), 1)
+        hung.join()
+
+    def read_some(self, process):
+        return process.stderr.readline()
+
+    def test_sighup_reads_the_servers_again(self):
+        process, port = self.started()
+        for text, words in (("[{", "The servers stay as they were"), (None, "was read again: 2 servers")):
+            self.write_servers(text)
+            process.send_signal(signal.SIGHUP)
+            self.assertIn(words, next(line for line in process.stderr if "servers" in line))
+        self.assertEqual(self.get(port, "create", "meetingID=room").returncode, "SUCCESS")
+
+    def test_check_prints_each_server_and_fails_if_one_is_unusable(self):
+        process = self.run_it("check", TINYSCALE_SECRET="")
+        output, _ = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, output.count("up, 0 meetings")), (0, 2))
+        self.fakes[0].secret = "another"
+        self.fakes[1].put("room")
+        process = self.run_it("check")
+        output, _ = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 1)
+        self.assertRegex(output, f"{self.fakes[0].url} +UNUSABLE: it refuses our checksum.*\n{self.fakes[1].url} +up, 1 meetings")
+
+    def test_url_prints_a_url_that_works(self):
+        _, port = self.started()
+        self.fakes[1].put("a room")
+        for call, expected in (("getMeetings", "meetings"), ("getMeetingInfo?meetingID=a+room", "meetingName")):
+            process = self.run_it("url", call, "--port", str(port))
+            output, _ = process.communicate(timeout=20)
+            match = re.fullmatch(r"http://localhost:\d+(/bigbluebutton/api/.*)\n", output)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            with contextlib.closing(connection):
+                connection.request("GET", match[1])
+                self.assertIn(expected.encode(), connection.getresponse().read())
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+class SecretsTest(ClusterTest):
+    def test_no_secret_checksum_password_or_name_reaches_the_log_or_an_answer(self):
+        answers = []
+        private = "name=PRIVATEname&fullName=PRIVATEfull&attendeePW=PRIVATEap&moderatorPW=PRIVATEmp&password=PRIVATEpw&userID=PRIVATEid"
+        for fault in (None, silent, reset, status(500), status(502), sends(b"GET rubbish PRIVATE\r\n\r\n"),
+                      lambda handler: sends(handler.raw_requestline)(handler), lambda handler: failed("checksumError"),
+                      status(301, Location="https://PRIVATE.example.org"), sends(b"HTTP/1.1 200 PRIVATE\r\nPRIVATE\r\n")):
+            for fake in self.fakes:
+                fake.faults.clear()
+                fake.put("room")
+            self.survey()
+            for fake in self.fakes:
+                fake.faults.update({"*": fault} if fault else {})
+            for call in ("create", "join", "getMeetingInfo", "end", "getMeetings", "getRecordings", "hooks/list", "newCall", "deleteRecordings"):
+                for query, secret in ((f"meetingID=room&{private}", SECRET), (f"meetingID=room&{private}", "wrong-secret"), (f"recordID=a&{private}", SECRET)):
+                    answers.append(self.get(call, query, secret))
+            for path in (f"/bigbluebutton/api?{private}", f"/bigbluebutton/api/PRIVATE&{private}", f"/{private}", f"/bigbluebutton/api/x#{private}"):
+                answers.append(self.http(path))
+            answers.append(self.talk(f"GET /{private} \xff\r\n\r\n".encode("latin-1")))
+            answers.append(self.talk(f"PRIVATE /{private} HTTP/1.1\r\n\r\n".encode()))
+        log = self.log.getvalue()
+        self.assertGreater(log.count("\n"), 200)
+        told = b"".join(answer if isinstance(answer, bytes) else answer.body + str(answer.headers).encode() for answer in answers
+                        if isinstance(answer, bytes) or answer.status != 302)
+        for secret in [SECRET, "another-secret", "wrong-secret"] + [fake.secret for fake in self.fakes]:
+            self.assertNotIn(secret, log)
+            self.assertNotIn(secret.encode(), told)
+        self.assertNotIn("PRIVATE", log)
+        self.assertNotIn("checksum=", log)
+        self.assertNotIn("Traceback", log)
+        self.assertIsNone(re.search("[0-9a-f]{40}", log))
+        self.assertNotIn(b"checksum=", told)
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+def demo(port):
+    """tinyscale in front of three fake servers, until Ctrl-C."""
+    fakes = [FakeBBB(f"server {number}", uuid.uuid4().hex) for number in (1, 2, 3)]
+    secret = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "servers.json")
+        with open(path, "w") as file:
+            json.dump([{"host": fake.url, "secret": fake.secret} for fake in fakes], file)
+        os.chmod(path, 0o600)
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinyscale.py"), "--servers", path, "--port", str(port),
+                                    "--bind", "127.0.0.1"], env={**os.environ, "TINYSCALE_SECRET": secret})
+        try:
+            url = f"http://127.0.0.1:{port}/bigbluebutton/api"
+
+            def ready():
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    return True
+                return process.poll() is not None
+            until(ready, 10)
+            if process.poll() is None:
+                print(f"\ntinyscale stands in front of three fake servers.\n  URL:    {url}\n  secret: {secret}\n\n"
+                      "Create a meeting, join it, and see what runs (each link may be repeated; a new meetingID wants a new checksum):")
+                for call, query in (("create", "name=Demo&meetingID=demo&attendeePW=ap&moderatorPW=mp"),
+                                    ("join", "fullName=Ada&meetingID=demo&password=mp"), ("getMeetings", "")):
+                    print(f"  {url}/{call}?{signed(call, query, secret, 'sha256')}")
+                print("\nCtrl-C ends it.\n", flush=True)
+            return process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            return process.wait()
+        finally:
+            for fake in fakes:
+                fake.down()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("--port", type=int, default=3005)
+    if sys.argv[1:2] == ["demo"]:
+        return demo(parser.parse_args().port)
+    return unittest.main()
+
+
 if __name__ == "__main__":
-    unittest.main()
+    sys.exit(main())
