@@ -91,7 +91,8 @@ class FakeBBB:
         self.name, self.secret = name, secret
         self.meetings, self.recordings, self.hooks = {}, {}, {}
         self.calls, self.faults, self.sockets = [], {}, set()
-        self.has_hooks, self.refuses_all_recordings, self.clock = True, False, 1700000000000
+        self.has_hooks, self.refuses_all_recordings, self.refuses_bodies = True, False, False
+        self.clock = 1700000000000
         self.released, self.port, self.server = threading.Event(), 0, None
         self.up()
 
@@ -307,7 +308,11 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, _, query = self.path.partition("?")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        if length and self.bbb.refuses_bodies:
+            self.close_connection = True                # with bytes unread: the sender is cut off
+            return self.answer(413, "text/html", "<html>413 Request Entity Too Large</html>", {})
+        body = self.rfile.read(length)
         if not path.startswith("/bigbluebutton/api/"):
             token = html.escape(dict(parse_qsl(query)).get("name", ""))
             return self.answer(200, "text/html;charset=utf-8", f"<h1>This is {self.bbb.name}</h1><p>Hello {token}.", {})
@@ -315,8 +320,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         self.bbb.calls.append((call, query, self.command, body, self.headers.get("Content-Type", "")))
         fault = self.bbb.faults.get(call) or self.bbb.faults.get("*")
         answer = fault(self) if fault else self.call(call, query, body)
-        if answer:
-            self.answer(*answer)
+        return self.answer(*answer) if answer else None
 
     do_POST = do_GET
 
@@ -853,7 +857,7 @@ class CreateTest(ClusterTest):
         self.assertEqual(self.having("other"), [self.fakes[2]])
 
     def test_a_server_that_cannot_be_reached_or_refuses_leaves_its_turn_to_the_next(self):
-        for fault in (None, status(502), status(503), status(504), status(301, Location="https://elsewhere.example.org"),
+        for fault in (None, status(502), status(503), status(301, Location="https://elsewhere.example.org"),
                       lambda handler: failed("checksumError")):
             with self.subTest(fault):
                 self.start()
@@ -871,9 +875,10 @@ class CreateTest(ClusterTest):
                 if not fault:
                     self.fakes[0].up()
 
-    def test_after_silence_or_a_500_a_create_is_never_tried_elsewhere(self):
+    def test_after_silence_a_504_or_a_500_a_create_is_never_tried_elsewhere(self):
         for number, (fault, messageKey) in enumerate(((silent, "serverUnavailable"), (reset, "serverUnavailable"),
-                                                      (sends(b"rubbish\r\n"), "serverUnavailable"), (status(500), None))):
+                                                      (sends(b"rubbish\r\n"), "serverUnavailable"),
+                                                      (status(504), "serverUnavailable"), (status(500), None))):
             with self.subTest(fault):
                 self.start()
                 fake = self.fakes[0]
@@ -945,8 +950,12 @@ class OutageTest(ClusterTest):
                 self.fakes[1].put(healthy)
                 self.survey()
                 fail()
-                # the first call fails and marks the server down; its meeting is held, everything else goes on
+                # the first call fails and marks the server down (a survey, if it might be the meeting's fault); its meeting
+                # is held, everything else goes on
                 self.assertEqual(self.get("getMeetingInfo", f"meetingID={quote_plus(lost)}").messageKey, "serverUnavailable")
+                if name in ("500", "a page", "malformed"):
+                    self.assertIsNone(self.cluster.servers[0].down_since)
+                    self.survey()
                 self.assertIsNotNone(self.cluster.servers[0].down_since)
                 for call in ("getMeetingInfo", "isMeetingRunning", "end", "create"):
                     self.assertEqual(self.get(call, f"meetingID={quote_plus(lost)}").messageKey, "serverUnavailable")
@@ -1092,6 +1101,67 @@ class OutageTest(ClusterTest):
         self.assertEqual((done, all(thread.is_alive() for thread in waiting)), (["SUCCESS"] * 20, True))
         for thread in waiting:
             thread.join()
+
+
+    def test_a_server_that_does_not_answer_a_probe_has_not_denied_the_meeting(self):
+        for fault, down in ((silent, False), (status(502), True), (status(500), False)):
+            with self.subTest(fault):
+                self.start()
+                self.create("room")
+                owner, = self.having("room")
+                owner.faults["getMeetingInfo"] = fault
+                self.assertEqual(self.get("isMeetingRunning", "meetingID=room").running, "false")       # nobody has joined yet
+                self.assertEqual(self.create("room").messageKey, "serverUnavailable" if down else "duplicateWarning")
+                self.assertEqual(self.having("room"), [owner])
+                owner.faults.clear()
+                owner.meetings.clear()
+
+    def test_a_cordoned_server_that_does_not_answer_a_probe_keeps_its_meeting(self):
+        self.create("room")
+        self.write_servers([{**entry, "cordoned": fake is self.having("room")[0]} for fake, entry in zip(self.fakes, self.entries())])
+        self.cluster.load()
+        for fault in (silent, status(502)):
+            self.fakes[0].faults["getMeetingInfo"] = fault
+            self.assertEqual((self.create("room").messageKey, self.having("room")), ("duplicateWarning", [self.fakes[0]]))
+
+    def test_servers_that_fail_for_unknown_meetings_still_get_new_ones(self):
+        for fake in self.fakes:
+            fake.faults["getMeetingInfo"] = status(500)
+        self.assertEqual([self.create(f"room{number}").returncode for number in range(3)], ["SUCCESS"] * 3)
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [1, 1, 1])
+        self.assertEqual(self.http("/health").status, 200)
+
+    def test_one_refused_call_is_no_outage(self):
+        self.create("room")
+        for fake in self.fakes:
+            fake.faults["getRecordings"], fake.refuses_bodies = status(414), True
+        self.assertEqual(self.get("getRecordings", "recordID=" + "x" * 5000).status, 414)
+        answer = self.get("insertDocument", "meetingID=room", method="POST", body=b"<" + b"x" * 5 * 2**20, headers={"Content-Type": "text/xml"})
+        self.assertEqual(answer.status, 413)
+        self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
+
+    def test_a_control_character_in_one_name_hides_nothing(self):
+        self.fakes[0].put("room").name = "a\x08b"
+        self.survey()
+        self.assertEqual(len(self.get("getMeetings").xml.findall("meetings/meeting")), 1)
+        self.assertEqual(self.cluster.find("room")[1], "remembered")
+
+    def test_slow_lists_hold_up_neither_surveys_nor_new_meetings(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        with mock.patch.multiple(tinyscale, WORKERS=2, ANSWER_TIMEOUT=3):
+            self.start()
+            for fake in self.fakes:
+                fake.faults["getRecordings"] = held(gate)
+            threads = [threading.Thread(target=self.get, args=("getRecordings",)) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            until(lambda: self.fakes[0].count("getRecordings") == 2)
+            self.assertEqual((self.create("room").returncode, self.http("/health").status), ("SUCCESS", 200))
+            self.assertEqual([server.doubtful for server in self.cluster.servers], [False] * 3)
+            gate.set()
+            for thread in threads:
+                thread.join()
 
 
 class ServersFileTest(ClusterTest):
@@ -1701,7 +1771,7 @@ class SettingsTest(unittest.TestCase):
                                ([{"secret": "s"}], 'entry 1: "host" is missing'), ([{**good, "secret": " "}], "'bbb-conf --secret'"),
                                ([{**good, "secret": 5}], "'bbb-conf --secret'"), ([good, {**good, "host": "https://BBB1.example.org/bigbluebutton/"}],
                                                                                    "entry 2 (https://bbb1.example.org): an earlier entry"),
-                               ([{**good, "wieght": 2}], 'unknown key "wieght"'), ([{**good, "checksum": "md5"}], '"checksum" must be'),
+                               ([{**good, "wieght": 2}], '"wieght" is an unknown key'), ([{**good, "checksum": "md5"}], '"checksum" must be'),
                                ([{**good, "cordoned": "yes"}], '"cordoned" must be true or false'),
                                *(([{**good, "weight": weight}], '"weight" must be a whole number') for weight in (0, -1, 1.5, "2", True, None, 101)),
                                *(([{**good, "host": host}], '"host" must look like') for host in
@@ -1779,7 +1849,7 @@ class ProcessTest(unittest.TestCase):
         os.chmod(file.name, 0o600)
 
     def run_it(self, *arguments, **env):
-        environment = {"PATH": os.environ["PATH"], "TINYSCALE_SECRET": SECRET, "PORT": "0", "PYTHONWARNINGS": "error", **env}
+        environment = {"PATH": os.environ["PATH"], "HOME": self.folder, "TINYSCALE_SECRET": SECRET, "PORT": "0", "PYTHONWARNINGS": "error", **env}
         process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinyscale.py"), *arguments], cwd=self.folder, env=environment,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         self.addCleanup(self.end, process)
@@ -1892,13 +1962,12 @@ class ProcessTest(unittest.TestCase):
         hung.start()
         self.assertTrue(until(lambda: len(self.fakes[0].calls) > arrived))
         process.terminate()
-        until(lambda: "stopping" in self.read_some(process))
+        lines = [next(process.stderr)]
+        while "stopping" not in lines[-1]:
+            lines.append(next(process.stderr))
         process.terminate()
         self.assertEqual(process.wait(5), 1)
         hung.join()
-
-    def read_some(self, process):
-        return process.stderr.readline()
 
     def test_sighup_reads_the_servers_again(self):
         process, port = self.started()

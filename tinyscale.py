@@ -16,8 +16,7 @@ The way of a call, from top to bottom and never back up:
       respond()          Handler            the answer, and a line in the log
 
 In memory is where each meeting was last seen, and which servers are down: hints, renewed by asking the servers every ten
-seconds. Nothing is kept on disk. It holds your servers' secrets: read it before you run it, first verify, Handler.body,
-Server.call and load_servers.
+seconds. It holds your servers' secrets: read it before you run it, first verify, Handler.body, Server.call, load_servers.
 """
 from __future__ import annotations
 
@@ -39,9 +38,8 @@ ANSWER_TIMEOUT, WORK_TIMEOUT = 10, 60       # seconds a server may be silent; th
 PATIENCE = 3                        # seconds for which a question to several servers waits for the slowest
 SURVEY_INTERVAL, FRESH = 10, 30     # seconds between surveys of all servers; how long memory is believed: two may fail
 HOLD, RETRY_AFTER = 30, 5           # seconds for which a server that is down keeps its meetings; until a browser tries again
-DRAIN_TIMEOUT = 10                  # seconds a stop waits for the calls in progress; service managers kill after more
 IDLE_TIMEOUT, LINGER = 75, 2        # seconds of a client's silence (nginx gives up after 60); to let it finish if refused
-MAX_CONNECTIONS = 1000              # clients at once, a thread each
+DRAIN_TIMEOUT, MAX_CONNECTIONS = 10, 1000       # seconds that a stop waits for calls in progress; clients, a thread each
 MAX_POOL, MAX_IDLE = 32, 30         # connections kept open to a server, seconds each waits for a call (nginx closes after 75)
 MAX_PROBES, WORKERS = 64, 16        # meetings searched for at once; threads for what a server is asked among several
 MAX_QUERY, MAX_BODY = 2**16, 100 * 2**20    # bytes of a form (http.server's limit for a query in the URL), and of slides
@@ -132,20 +130,19 @@ class Unavailable(ApiError):
 def parse(body: bytes) -> ET.Element:
     """The <response> that a body consists of; NOTHING if it is anything else."""
     with contextlib.suppress(ET.ParseError, LookupError, ValueError):   # not well-formed, or in an unknown encoding
-        root = ET.fromstring(body)
+        root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", body))     # such a name must not hide the rest
         return root if root.tag == "response" else NOTHING
     return NOTHING
 def number(text: str | None) -> int:
     """A number in BBB's XML or parameters; -1 if the text is none."""
-    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else -1
+    return int(text) if text and re.fullmatch("[+]?[0-9]{1,18}", text) else -1
 
 VERSION = Response(200, b"<response><returncode>SUCCESS</returncode><version>2.0</version><apiVersion>2.0</apiVersion></response>")
 RETRY_PAGE = Response(503, f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>One moment</title>
 <meta http-equiv="refresh" content="{RETRY_AFTER}"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark"><body style="font: 1.2em/1.5 sans-serif; max-width: 30em; margin: 15vh auto">
-<h1>One moment, please</h1><p>The server of this room cannot be reached right now.
-This page tries again by itself every {RETRY_AFTER} seconds: just leave it open.""".encode(), "text/html;charset=utf-8",
-                      [("Retry-After", str(RETRY_AFTER)), ("Cache-Control", "no-store")])
+<body style="font: 1.2em/1.5 sans-serif; margin: 10vh 10vw; color-scheme: light dark"><h1>One moment, please</h1>
+<p>The server of this room cannot be reached right now. This page tries again by itself: just leave it open.""".encode(),
+                      "text/html;charset=utf-8", [("Retry-After", str(RETRY_AFTER)), ("Cache-Control", "no-store")])
 LISTS = {   # the calls that answer with a list: the path of its items, what identifies an item, what tells the newest, and
     # to the letter, with its typo, what BBB puts in place of an empty list
     "getMeetings": ("meetings/meeting", "meetingID", "createTime", (
@@ -192,7 +189,7 @@ def origin(url: Any) -> str:
 
 FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "host": (origin, 'must look like "https://bbb1.example.org"'),
-    "secret": (lambda value: isinstance(value, str) and value.strip(), "must be what 'bbb-conf --secret' prints there"),
+    "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints there"),
     "weight": (lambda value: type(value) is int and 1 <= value <= 100, "must be a whole number from 1 to 100"),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
     "checksum": (lambda value: value in list(DIGESTS.values()), 'must be "sha1", "sha256", "sha384" or "sha512"'),
@@ -219,10 +216,9 @@ def load_servers(path: str) -> list[Entry]:
         host = origin(item.get("host"))
         where = f"{path}: entry {count}{host and f' ({host})'}"
         for name in dict.fromkeys(["host", "secret", *item]):
-            if name not in FIELDS:
-                raise SettingsError(f'{where}: unknown key {json.dumps(name)}. Known are {", ".join(FIELDS)}.')
-            if not FIELDS[name][0](item.get(name)):
-                raise SettingsError(f'{where}: "{name}" {"" if name in item else "is missing, it "}{FIELDS[name][1]}.')
+            right, rule = FIELDS.get(name, (bool, f"is an unknown key. Known are {', '.join(FIELDS)}"))
+            if name not in FIELDS or not right(item.get(name)):
+                raise SettingsError(f'{where}: {json.dumps(name)} {"" if name in item else "is missing, it "}{rule}.')
         if host in entries:
             raise SettingsError(f"{where}: an earlier entry has the same host. Take one of them out.")
         entries[host] = Entry(**{**item, "host": host, "secret": item["secret"].strip()})
@@ -272,9 +268,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 connection.connect()
                 connected = True
             connection.sock.settimeout(req.timeout)
-            connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
-            answer = connection.getresponse()
-            body = answer.read(MAX_ANSWER + 1)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have refused a body half sent
+                connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
+            answer, body = connection.getresponse(), bytearray()
+            while len(body) <= MAX_ANSWER and (piece := answer.read(2**18)):        # Python 3.8 allocates what is asked for
+                body += piece
             if answer.length or len(body) > MAX_ANSWER:     # read(amount) does not tell when the rest is missing
                 raise http.client.IncompleteRead(b"")
         except BaseException as error:
@@ -290,17 +288,19 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         else:                                               # without a sock: the server said that it closes
             connection.close()
         headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
-        return Response(answer.status, body, answer.headers.get("Content-Type", ""), headers, parse(body))
+        return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
 
-def trouble(call: str, response: Response) -> str:
-    """Why an answer says more of the server than of the call, so that no caller may see it; "" if it is fine."""
+def trouble(call: str, response: Response) -> tuple[str, bool]:
+    """Why an answer says more of the server than of the call, so that no caller may see it, and whether it is an outage."""
     status, length = response.status, len(response.body)
     if response.xml.findtext("messageKey") == "checksumError":
-        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'"
+        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
     if status < 200 or 300 <= status < 400 and call != "join":
-        return f"HTTP {status}: a redirect? The host in servers.json must be where it leads"
-    broken = status in (502, 503, 504) or call in READS and (status >= 500 or response.xml is NOTHING)
-    return f"HTTP {status}, {length} bytes that are no answer of BigBlueButton" if broken else ""
+        return f"HTTP {status}: a redirect? The host in servers.json must be where it leads", True
+    if status in (502, 503, 504):
+        return f"HTTP {status}", True
+    broken = call in READS and (status >= 500 or status < 300 and response.xml is NOTHING)      # of one meeting alone?
+    return f"HTTP {status}, {length} bytes that are no answer of BigBlueButton" if broken else "", call == "getMeetings"
 
 class Server:
     """One BBB server: how to call it, and whether it is up. Times are time.monotonic's seconds."""
@@ -309,20 +309,16 @@ class Server:
         self.opener = urllib.request.OpenerDirector()       # build_opener's follows redirects and uses proxies
         self.opener.addheaders = [("User-Agent", f"tinyscale/{__version__}")]
         self.opener.add_handler(KeepAliveHandler())
-        self.pool = futures.ThreadPoolExecutor(WORKERS)     # for what is asked of several servers at once
+        self.pools = {True: futures.ThreadPoolExecutor(WORKERS), False: futures.ThreadPoolExecutor(WORKERS)}     # see ask
         self.lock = threading.Lock()                        # for what follows
         self.down_since: float | None = time.monotonic()    # None: it is up, which it first has to show
         self.reason = "no answer yet"                       # why it is down
         self.answered = 0.0                                 # when it last gave a usable answer
-        self.silent = False                                 # it has not answered since it exhausted our PATIENCE
+        self.doubtful = False                               # it failed to answer a question, and has not answered since
         self.running = 0                                    # meetings, in the last survey
         self.turn = 0.0                                     # for Cluster.in_turn
     def __str__(self) -> str:
         return self.entry.host
-    @property
-    def usable(self) -> bool:
-        """Whether to ask it what any server may answer, and to place new meetings there."""
-        return self.down_since is None and not self.silent
     def url_for(self, call: str, query: str) -> str:
         """The URL of a call to this server, signed with its secret."""
         return f"{self}/bigbluebutton/api/{call}?{sign(call, query, self.entry.secret, self.entry.checksum)}"
@@ -340,21 +336,21 @@ class Server:
             response: Response = self.opener.open(signed, timeout=timeout)
         except urllib.error.URLError as error:
             raise self.failed(f"no connection: {error.reason}") from error
-        except socket.timeout as error:                     # no outage if other calls were answered meanwhile
-            raise self.failed(f"no answer in {timeout} s", acted=True, outage=self.answered < asked) from error
         except (OSError, http.client.HTTPException) as error:       # the text of the latter may quote what was sent
-            reason = str(error) if isinstance(error, OSError) else type(error).__name__
-            raise self.failed(f"broken answer: {reason}", acted=True) from error
-        reason = trouble(call, response)
+            reason = (f"no answer in {timeout} s" if isinstance(error, socket.timeout) else
+                      f"broken answer: {error if isinstance(error, OSError) else type(error).__name__}")
+            outage = self.answered < asked                  # else other calls were answered meanwhile: it is this one's trouble
+            raise self.failed(reason, acted=True, outage=outage and not call.startswith("hooks/")) from error
+        reason, outage = trouble(call, response)
         if reason:                                          # hooks/... is another program on the same host
-            raise self.failed(reason, acted=response.status == 500, outage=not call.startswith("hooks/"))
-        self.answered, self.silent = time.monotonic(), False
+            raise self.failed(reason, response.status in (500, 504), outage and not call.startswith("hooks/"))
+        self.answered, self.doubtful = time.monotonic(), False
         return response
     def failed(self, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
         """The error to raise; an outage marks the server down."""
         with self.lock:
-            if outage and (self.down_since is None or self.reason != reason):
-                log.warning("%s is down: %s", self, reason)
+            if self.down_since is None or self.reason != reason:
+                log.warning("%s %s: %s", self, "is down" if outage else "failed", reason)
             if outage:
                 self.down_since, self.reason = self.down_since or time.monotonic(), reason
         return Unavailable(self, acted)
@@ -369,9 +365,8 @@ class Meeting(NamedTuple):
 class Cluster:
     """All servers: which one has a meeting, and which one gets a new one."""
     def __init__(self, path: str) -> None:
-        """Raises SettingsError if servers.json is not usable."""
         self.path = path
-        self.modified = 0.0                         # st_mtime of servers.json
+        self.modified = 0.0                         # modification() when it was read
         self.wake = threading.Event()               # set: read servers.json and survey now
         self.lock = threading.Lock()                # for what follows; never held while a server is asked
         self.servers: list[Server] = []
@@ -379,13 +374,14 @@ class Cluster:
         self.meetings: dict[str, Meeting] = {}      # by meetingID and by internalMeetingID: BBB accepts both
         self.creating: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
         self.pool = futures.ThreadPoolExecutor(MAX_PROBES)
-        self.probes: dict[str, futures.Future[Server | None]] = {}      # those going on, by meetingID
+        self.probes: dict[str, futures.Future[tuple[Server | None, bool]]] = {}      # those going on, by meetingID
         self.twins: set[str] = set()                # IDs that the last survey found on more than one server
         self.load()
+    def modification(self) -> float:
+        return os.stat(self.path).st_mtime if os.path.exists(self.path) else 0.0
     def load(self) -> None:
         """Read servers.json. A server that stays keeps its state and its meetings. Raises SettingsError."""
-        with contextlib.suppress(OSError):
-            self.modified = os.stat(self.path).st_mtime
+        self.modified = self.modification()
         entries = load_servers(self.path)
         with self.lock:
             known = {str(server): server for server in self.servers}
@@ -393,24 +389,28 @@ class Cluster:
             for server, entry in zip(self.servers, entries):
                 server.entry = entry
             self.meetings = {key: meeting for key, meeting in self.meetings.items() if meeting.server in self.servers}
+    def up(self) -> list[Server]:
+        return [server for server in self.servers if server.down_since is None]
     def usable(self) -> list[Server]:
-        """The servers to ask what any server may answer; a silent one only if there is no other."""
-        up = [server for server in self.servers if server.down_since is None]
-        return [server for server in up if server.usable] or up
-    def ask(self, servers: Iterable[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
+        """The servers to ask what any server may answer; a doubtful one only if there is no other."""
+        return [server for server in self.up() if not server.doubtful] or self.up()
+    def ask(self, servers: Sequence[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
-        asked = {server.pool.submit(server.call, request): server for server in servers}
+        question = request.call in ("getMeetings", "getMeetingInfo")        # is quick: must not wait for what is not
+        asked = {server.pools[question].submit(server.call, request): server for server in servers}
         try:
             for future in futures.as_completed(asked, patience):
-                with contextlib.suppress(Unavailable):      # logged where the server was marked down
+                try:
                     yield asked[future], future.result()
+                except Unavailable:                         # logged where it was found out
+                    asked[future].doubtful |= question
         except futures.TimeoutError:
-            for server in [server for future, server in asked.items() if not future.done()]:
-                server.silent = True
+            for server in [server for future, server in asked.items() if future.running()]:
+                server.doubtful |= question
                 log.warning("%s left %s without an answer for %d s", server, request.call, patience)
         finally:
             for future in asked:
-                future.cancel()                     # if it still waits for a thread
+                future.cancel()                             # if it still waits for a thread
     def find(self, meeting_id: str) -> tuple[Server | None, str]:
         """The server that has the meeting, None if none that is up has it, and how that is known.
         Raises Unavailable while its server is down and may come back with it."""
@@ -423,17 +423,21 @@ class Cluster:
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe = self.probes.get(meeting_id) or self.pool.submit(self.probe, meeting_id, self.usable())
             self.probes[meeting_id] = probe
-        found = probe.result()
+        found = probe.result()[0]
         self.probes.pop(meeting_id, None)
         return found, "probed" if found else "nowhere"
-    def probe(self, meeting_id: str, servers: Iterable[Server]) -> Server | None:
-        """The first of these servers to answer that it has the meeting, which is then remembered."""
+    def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
+        """The first of these servers to have the meeting, which is then remembered; and if none, whether all said so."""
+        asked, denials = time.monotonic(), []
         for server, response in self.ask(servers, Request("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}"), PATIENCE):
             ids = {response.xml.findtext("meetingID"), response.xml.findtext("internalMeetingID")}
             if response.success and meeting_id in ids:      # BBB also takes the beginning of an internal ID for it
                 self.remember(server, meeting_id, response.xml)
-                return server
-        return None
+                return server, True
+            if response.xml is not NOTHING:
+                self.forget(meeting_id, server, asked)
+                denials.append(server)
+        return None, len(denials) == len(servers)
     def remember(self, server: Server, meeting_id: str, told: ET.Element, heard: float | None = None) -> None:
         """Note that the server has the meeting, as it told; if that is NOTHING, that it may have it."""
         meeting = Meeting(server, number(told.findtext("createTime")), heard or time.monotonic())
@@ -452,11 +456,10 @@ class Cluster:
         tried: set[Server] = set()
         while True:
             with self.lock:
-                able = [server for server in self.servers
-                        if server.usable and not server.entry.cordoned and server not in tried]
+                able = [server for server in self.up() if not server.entry.cordoned and server not in tried]
                 if not able:
                     return
-                server = min(able, key=lambda server: max(server.turn, self.turn))
+                server = min(able, key=lambda server: (server.doubtful, max(server.turn, self.turn)))
                 self.turn = max(server.turn, self.turn)
                 server.turn = self.turn + 1 / server.entry.weight
             tried.add(server)
@@ -493,12 +496,13 @@ class Cluster:
             forced = self.wake.wait(SURVEY_INTERVAL)
             self.wake.clear()
             try:
-                if forced or os.path.exists(self.path) and os.stat(self.path).st_mtime != self.modified:
+                if forced or self.modification() != self.modified:
                     self.load()
                     log.info("%s was read again: %d servers", self.path, len(self.servers))
-                self.survey(SURVEY_INTERVAL)
             except SettingsError as error:
                 log.error("%s The servers stay as they were.", error)
+            try:
+                self.survey(SURVEY_INTERVAL)
             except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
                 log_bug("a survey", error)
 
@@ -528,11 +532,10 @@ def relay(cluster: Cluster, request: Request) -> Response:
     server, why = cluster.find(request.meeting_id)
     if server is None:
         return relay_anywhere(cluster, request, why)
-    asked, response = time.monotonic(), server.call(request, why)
+    response = server.call(request, why)
     denied = response.xml.findtext("returncode") == "FAILED" or (
         request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
-    if denied and not cluster.probe(request.meeting_id, [server]):      # else it has the meeting: its answer is right
-        cluster.forget(request.meeting_id, server, asked)
+    if denied and cluster.probe(request.meeting_id, [server]) == (None, True):      # else it has it, and its answer is right
         other = cluster.find(request.meeting_id)[0]
         return other.call(request, "moved") if other else response
     return response
@@ -563,10 +566,8 @@ def create(cluster: Cluster, request: Request) -> Response:
         placing = cluster.creating.setdefault(request.meeting_id, threading.Lock())     # gone when nobody holds it
     with placing:
         server, why = cluster.find(request.meeting_id)
-        asked = time.monotonic()
-        if server and server.entry.cordoned and not cluster.probe(request.meeting_id, [server]):
-            cluster.forget(request.meeting_id, server, asked)           # it ended, and must not begin there again
-            server = None
+        if server and server.entry.cordoned and cluster.probe(request.meeting_id, [server]) == (None, True):
+            server = None                                   # it ended there, and must not begin there again
         if server is None:
             return place(cluster, request)
     response = server.call(request, why)
@@ -588,9 +589,11 @@ def place(cluster: Cluster, request: Request) -> Response:
         cluster.remember(server, request.meeting_id, response.xml)
     return response
 
-def ask_all(cluster: Cluster, request: Request, patience: float = CONNECT_TIMEOUT + ANSWER_TIMEOUT) -> dict[Server, Response]:
+def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
-    answers = dict(cluster.ask(cluster.usable(), request, patience))
+    brief = request.call in ("getMeetings", "getSessions")      # of the others a list that lacks a server does harm
+    servers, patience = (cluster.usable(), PATIENCE) if brief else (cluster.up(), CONNECT_TIMEOUT + ANSWER_TIMEOUT)
+    answers = dict(cluster.ask(servers, request, patience))
     request.chosen = f"{len(answers)} of {len(cluster.servers)} servers"
     if not answers:
         raise Unavailable()
@@ -600,7 +603,7 @@ def best(answers: Iterable[Response]) -> Response:
     return max(answers, key=lambda response: (response.success, response.xml is not NOTHING))
 def merge_lists(cluster: Cluster, request: Request) -> Response:
     """One list of what all servers have. A server without a usable answer is left out."""
-    answers = ask_all(cluster, request, PATIENCE).values()
+    answers = ask_all(cluster, request).values()
     response = best(answers)
     return listing(request.call, merge(request.call, answers)) if response.success else response
 
@@ -681,7 +684,7 @@ CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other:
 
 def health(cluster: Cluster) -> Response:
     """For proxies and monitors: 200 while a new meeting could be placed, else 503."""
-    able = any(server.usable and not server.entry.cordoned for server in cluster.servers)
+    able = any(not server.entry.cordoned for server in cluster.up())
     return Response(200 if able else 503, b"ok\n" if able else b"no server for a new meeting\n", "text/plain")
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
@@ -694,7 +697,6 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024           # listen(2): at nine o'clock every class joins at once
     daemon_threads = True               # idle connections must not hold up our exit
     def __init__(self, cluster: Cluster, secrets: Sequence[str], bind: str, port: int, tls: ssl.SSLContext | None) -> None:
-        """Raises OSError if the address is not to be had."""
         self.cluster, self.secrets, self.tls, self.stopping = cluster, secrets, tls, False
         self.connections: dict[Any, tuple[int, float]] = {}     # socket -> what it does, since when
         self.change = threading.Condition()
@@ -840,7 +842,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.call, self.unread = Request("-"), 0
         self.server.now(self.request, IDLE)
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, in XML."""
         self.close_connection, self.request_version = True, "HTTP/1.1"
         self.respond(ApiError("badRequest", http.client.responses[code], code).response())
     def log_message(self, format: str, *args: Any) -> None:
@@ -854,9 +855,10 @@ def serve(options: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # before any thread starts; sigwait receives them
     cluster, secrets = Cluster(options.servers), load_secrets()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))        # a thousand clients, and the servers' connections
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # a thousand clients, and the servers' connections
     balancer = LoadBalancer(cluster, secrets, options.bind, int(options.port), load_tls())
-    cluster.survey(PATIENCE)
+    cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)        # a hung server delays the start, but no meeting is overlooked
     for loop in (balancer.serve_forever, cluster.watch):
         threading.Thread(target=loop, daemon=True).start()
     log.info("tinyscale %s listens on port %d, with %d of %d servers up", __version__, balancer.server_address[1],
@@ -880,12 +882,13 @@ def check(options: argparse.Namespace) -> int:
     cluster = Cluster(options.servers)
     cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)
     for server in cluster.servers:
-        print(f"{server!s:40} {f'up, {server.running} meetings' if server.usable else f'UNUSABLE: {server.reason}'}")
-    return 0 if all(server.usable for server in cluster.servers) else 1
+        print(f"{server!s:40} {f'up, {server.running} meetings' if server in cluster.up() else f'UNUSABLE: {server.reason}'}")
+    return 0 if cluster.up() == cluster.servers else 1
 def url(options: argparse.Namespace) -> int:
     """Print the URL of a call, signed for tinyscale itself."""
     call, _, query = options.call.partition("?")
-    print(f"{'https' if load_tls() else 'http'}://{options.bind or 'localhost'}:{options.port}/bigbluebutton/api/{call}?"
+    host = f"[{options.bind}]" if ":" in options.bind else options.bind or "localhost"
+    print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?"
           f"{sign(call, query, load_secrets()[0])}")
     return 0
 
@@ -912,6 +915,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    logging.shutdown()
     sys.stdout.flush()
     os._exit(status)        # the threads of the pools may wait for a hung server, and Python would wait for them
