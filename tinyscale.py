@@ -14,7 +14,6 @@ The way of a call, from top to bottom and never back up:
           find, in_turn  Cluster            who has the meeting, who gets it
             call()       Server             signed again; a failure marks the server down
       respond()          Handler            the answer, and a line in the log
-
 In memory is where each meeting was last seen, and which servers are down: hints, renewed by asking the servers every ten
 seconds. It holds your servers' secrets: read it before you run it, first verify, Handler.body, Server.call, load_servers.
 """
@@ -62,8 +61,7 @@ def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) ->
 
     A form's query may also be signed as BBB does since 2.6.18: as if it were empty. Raises ApiError if the checksum is
     missing, repeated or wrong. So does a repeated meetingID or recordID: calls of BBB differ in which one counts, and a
-    server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)
-    """
+    server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)"""
     parts = [part.partition("=") for part in query.split("&") if part]
     pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
     names = collections.Counter(name for name, _ in pairs)
@@ -121,7 +119,6 @@ class ApiError(Exception):
             return Response(self.status, json.dumps({"response": fields}).encode(), "application/json;charset=utf-8")
         inner = "".join(f"<{name}>{text}</{name}>" for name, text in fields.items())      # our own words: nothing to escape
         return Response(self.status, f"<response>{inner}</response>".encode())
-
 class Unavailable(ApiError):
     """No usable answer from this server, or from any. `acted`: it may have carried out the call all the same."""
     def __init__(self, server: Server | None = None, acted: bool = False) -> None:
@@ -143,8 +140,7 @@ RETRY_PAGE = Response(503, f"""<!DOCTYPE html><html lang="en"><meta charset="utf
 <body style="font: 1.2em/1.5 sans-serif; margin: 10vh 10vw; color-scheme: light dark"><h1>One moment, please</h1>
 <p>The server of this room cannot be reached right now. This page tries again by itself: just leave it open.""".encode(),
                       "text/html;charset=utf-8", [("Retry-After", str(RETRY_AFTER)), ("Cache-Control", "no-store")])
-LISTS = {   # the calls that answer with a list: the path of its items, what identifies an item, what tells the newest, and
-    # to the letter, with its typo, what BBB puts in place of an empty list
+LISTS = {   # call -> path of an item, what identifies it, what tells the newest; and BBB's words (and typo) for an empty list
     "getMeetings": ("meetings/meeting", "meetingID", "createTime", (
         "<meetings/><messageKey>noMeetings</messageKey><message>no meetings were found on this server</message>")),
     "getSessions": ("sessions/meeting", "", "none", (
@@ -153,7 +149,6 @@ LISTS = {   # the calls that answer with a list: the path of its items, what ide
         "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
     "hooks/list": ("hooks/hook", "callbackURL", "none", "<hooks></hooks>"),
 }
-
 def merge(call: str, answers: Iterable[Response]) -> list[ET.Element]:
     """The items of several answers to a call of LISTS, the newest first; of those with one identity only the newest."""
     path, identity, newest, _ = LISTS[call]
@@ -181,7 +176,7 @@ class Entry(NamedTuple):
     checksum: str = "sha256"
 def origin(url: Any) -> str:
     """The origin in any form of a server's URL that bbb-conf prints; "" if it is no such URL."""
-    match = re.fullmatch(r"(https?://[\w.:\[\]-]+)(/bigbluebutton(/api)?)?/?", str(url), re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"(?ai)(https?://[\w.:\[\]-]+)(/bigbluebutton(/api)?)?/?", str(url))
     text = re.sub("^(http://.*):80$|^(https://.*):443$", r"\1\2", match[1].lower()) if match else ""
     with contextlib.suppress(ValueError):                   # a port or an IPv6 address that is none
         return text if urlsplit(text).hostname and urlsplit(text).port != 0 else ""
@@ -194,7 +189,6 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
     "checksum": (lambda value: value in list(DIGESTS.values()), 'must be "sha1", "sha256", "sha384" or "sha512"'),
 }
-
 @contextlib.contextmanager
 def mistakes(where: str, mend: str) -> Iterator[None]:
     """Turn what goes wrong with a file into a SettingsError."""
@@ -223,7 +217,6 @@ def load_servers(path: str) -> list[Entry]:
             raise SettingsError(f"{where}: an earlier entry has the same host. Take one of them out.")
         entries[host] = Entry(**{**item, "host": host, "secret": item["secret"].strip()})
     return list(entries.values())
-
 def load_secrets() -> list[str]:
     """Our own secrets, from the environment: with commas between them, or one a line of a file. Raises SettingsError."""
     text, path = os.environ.get("TINYSCALE_SECRET", ""), os.environ.get("TINYSCALE_SECRET_FILE", "")
@@ -234,7 +227,6 @@ def load_secrets() -> list[str]:
         raise SettingsError(f"TINYSCALE_SECRET: {'a secret is blank' if secrets else 'there is none'}. Set it to what the "
                             "front ends shall use, for example to the output of: openssl rand -hex 32")
     return [secret.strip() for secret in secrets]
-
 def load_tls() -> ssl.SSLContext | None:
     """The TLS of the listener, from the files that the environment names; None for plain HTTP. Raises SettingsError."""
     cert, key = os.environ.get("TINYSCALE_CERT"), os.environ.get("TINYSCALE_KEY")
@@ -289,7 +281,6 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.close()
         headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
         return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
-
 def trouble(call: str, response: Response) -> tuple[str, bool]:
     """Why an answer says more of the server than of the call, so that no caller may see it, and whether it is an outage."""
     status, length = response.status, len(response.body)
@@ -297,10 +288,9 @@ def trouble(call: str, response: Response) -> tuple[str, bool]:
         return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
     if status < 200 or 300 <= status < 400 and call != "join":
         return f"HTTP {status}: a redirect? The host in servers.json must be where it leads", True
-    if status in (502, 503, 504):
-        return f"HTTP {status}", True
-    broken = call in READS and (status >= 500 or status < 300 and response.xml is NOTHING)      # of one meeting alone?
-    return f"HTTP {status}, {length} bytes that are no answer of BigBlueButton" if broken else "", call == "getMeetings"
+    gone = status in (502, 503, 504)    # nginx is there, BBB behind it is not; else it may be the trouble of one meeting
+    broken = gone or call in READS and (status >= 500 or status < 300 and response.xml is NOTHING)
+    return f"HTTP {status}, {length} bytes that are no answer of BigBlueButton" if broken else "", gone or call == "getMeetings"
 
 class Server:
     """One BBB server: how to call it, and whether it is up. Times are time.monotonic's seconds."""
@@ -326,9 +316,9 @@ class Server:
         """Sign a call and return the answer, whatever its status. Raises Unavailable, and marks the server down."""
         request.chosen = f"{self} ({why})"
         call, asked = request.call, time.monotonic()
-        headers = {"Content-Type": request.content_type} if request.body else {}
-        if request.body or call not in READS:
-            headers["Connection"] = "close"
+        headers = {} if call in READS and not request.body else {"Connection": "close"}
+        if request.body:
+            headers["Content-Type"] = request.content_type
         timeout = WORK_TIMEOUT if request.body or call == "create" else ANSWER_TIMEOUT
         data = request.body if request.body or request.method == "POST" else None
         signed = urllib.request.Request(self.url_for(call, request.query), data, headers, method=request.method)
@@ -361,7 +351,6 @@ class Meeting(NamedTuple):
     server: Server
     created: int                        # BBB's createTime: milliseconds since 1970
     heard: float                        # when, as time.monotonic
-
 class Cluster:
     """All servers: which one has a meeting, and which one gets a new one."""
     def __init__(self, path: str) -> None:
@@ -423,8 +412,10 @@ class Cluster:
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe = self.probes.get(meeting_id) or self.pool.submit(self.probe, meeting_id, self.usable())
             self.probes[meeting_id] = probe
-        found = probe.result()[0]
-        self.probes.pop(meeting_id, None)
+        try:
+            found = probe.result()[0]
+        finally:
+            self.probes.pop(meeting_id, None)
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
         """The first of these servers to have the meeting, which is then remembered; and if none, whether all said so."""
@@ -499,17 +490,16 @@ class Cluster:
                 if forced or self.modification() != self.modified:
                     self.load()
                     log.info("%s was read again: %d servers", self.path, len(self.servers))
+                self.survey(SURVEY_INTERVAL)
             except SettingsError as error:
                 log.error("%s The servers stay as they were.", error)
-            try:
-                self.survey(SURVEY_INTERVAL)
             except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
                 log_bug("a survey", error)
 
 def log_bug(where: str, error: BaseException | None) -> None:
     """Log an error that is ours, without its text, which might quote a query."""
-    trace = "".join(traceback.format_tb(error.__traceback__ if error else None))
-    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__, trace)
+    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
+              "".join(traceback.format_tb(error.__traceback__ if error else None)))
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
 def first_to_answer(servers: Iterable[Server], request: Request, why: str) -> tuple[Server, Response]:
@@ -524,7 +514,6 @@ def first_to_answer(servers: Iterable[Server], request: Request, why: str) -> tu
 def relay_anywhere(cluster: Cluster, request: Request, why: str = "any") -> Response:
     """A call about nothing that a server has: to any server, so that the answer is BBB's own."""
     return first_to_answer(cluster.usable(), request, why)[1]
-
 def relay(cluster: Cluster, request: Request) -> Response:
     """A call about a meeting: to its server. A denial is passed on only when no other server has the meeting."""
     if not request.meeting_id:
@@ -547,8 +536,8 @@ def join(cluster: Cluster, request: Request) -> Response:
     try:
         if request.params.get("redirect", "").lower() not in ("", "true"):      # BBB's parseBoolean, unless it is empty
             return relay(cluster, request)
-        server, why = cluster.find(request.meeting_id) if request.meeting_id else (None, "any")
-        server = server or next(iter(cluster.usable()), None)
+        found, why = cluster.find(request.meeting_id) if request.meeting_id else (None, "any")
+        server = found or next(iter(cluster.usable()), None)
         if server is None:
             raise Unavailable()
     except Unavailable:
@@ -574,7 +563,6 @@ def create(cluster: Cluster, request: Request) -> Response:
     if response.success:
         cluster.remember(server, request.meeting_id, response.xml)
     return response
-
 def place(cluster: Cluster, request: Request) -> Response:
     """Create a new meeting: a breakout room on its parent's server, any other on the server whose turn it is."""
     server = cluster.find(request.params["parentMeetingID"])[0] if request.params.get("parentMeetingID") else None
@@ -619,7 +607,6 @@ def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, R
     if not refused and len(lists) < len(cluster.servers) and not (request.record_ids and request.record_ids <= found):
         raise Unavailable()
     return answers
-
 def get_recordings(cluster: Cluster, request: Request) -> Response:
     """One list of all servers' recordings, and of that the page that is asked for, with BBB's limits for it."""
     answers = recordings(cluster, request, without(request.query, "offset", "limit")).values()
@@ -633,7 +620,6 @@ def get_recordings(cluster: Cluster, request: Request) -> Response:
     return listing("getRecordings", page, f"<pagination><pageable><offset>{offset}</offset><limit>{limit}</limit>"
                    "<paged>true</paged><unpaged>false</unpaged></pageable>"
                    f"<totalElements>{len(items)}</totalElements><empty>{str(not page).lower()}</empty></pagination>")
-
 def relay_recording(cluster: Cluster, request: Request) -> Response:
     """A call about recordings: to the servers that have them. SUCCESS if any of these says so."""
     if not request.record_ids:
@@ -658,7 +644,6 @@ def hooks(cluster: Cluster, request: Request) -> Response:
     if response.success and request.call == "hooks/list":
         return listing(request.call, merge(request.call, answers.values()))
     return response._replace(body=ET.tostring(response.xml)) if response.success else response
-
 def destroy_hook(cluster: Cluster, request: Request) -> Response:
     """Remove the hook of this ID from every server, each of which knows it by another."""
     wanted = request.params.get("hookID")
@@ -681,7 +666,6 @@ CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other:
     **dict.fromkeys(("hooks/create", "hooks/list"), hooks),
     "hooks/destroy": destroy_hook,
 }
-
 def health(cluster: Cluster) -> Response:
     """For proxies and monitors: 200 while a new meeting could be placed, else 503."""
     able = any(not server.entry.cordoned for server in cluster.up())
@@ -695,13 +679,12 @@ IDLE, READING, ANSWERING, OVER = range(4)       # a connection: awaits a request
 class LoadBalancer(http.server.ThreadingHTTPServer):
     """The listener: a thread for each connection."""
     request_queue_size = 1024           # listen(2): at nine o'clock every class joins at once
-    daemon_threads = True               # idle connections must not hold up our exit
     def __init__(self, cluster: Cluster, secrets: Sequence[str], bind: str, port: int, tls: ssl.SSLContext | None) -> None:
         self.cluster, self.secrets, self.tls, self.stopping = cluster, secrets, tls, False
         self.connections: dict[Any, tuple[int, float]] = {}     # socket -> what it does, since when
         self.change = threading.Condition()
-        bind = bind or ("::" if socket.has_dualstack_ipv6() else "0.0.0.0")
-        info: Any = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        info: Any = socket.getaddrinfo(bind or everywhere, port, type=socket.SOCK_STREAM)[0]
         self.address_family = info[0]
         super().__init__(info[4], Handler)
     def server_bind(self) -> None:
@@ -810,8 +793,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ApiError("checksumError", "Parameters must be in the URL or in the body, not in both")
             if media_type != "multipart/form-data":         # XML, whatever it is labelled: BBB wants the bare type
                 content_type = "application/xml"
-        method = "POST" if self.command == "POST" else "GET"
-        return Request(call, query, params, method, body, content_type, "text/html" in self.headers.get("Accept", ""))
+        return Request(call, query, params, "POST" if self.command == "POST" else "GET", body, content_type,
+                       browser="text/html" in self.headers.get("Accept", ""))
     def body(self, limit: int) -> bytes:
         """The whole body of the request. Raises ApiError if it is too large, ConnectionError if it is cut short."""
         if self.unread > limit:
@@ -868,8 +851,8 @@ def serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):          # a second one ends at once, as PID 1 too
         signal.signal(number, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    log.info("stopping")
     balancer.stopping = True
+    log.info("stopping")
     balancer.shutdown()
     balancer.server_close()
     with balancer.change:
@@ -896,10 +879,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check, "url": url}
-    parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one. For "
-        "TINYSCALE_SECRET and the rest see README.md.", epilog="Exit status: 0 stopped, 1 failed, 2 bad settings.")
-    parser.add_argument("command", nargs="?", default="serve", choices=commands,
-                        help="serve the API (default), check every server, or print a signed URL")
+    parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one: README.md")
+    parser.add_argument("command", nargs="?", default="serve", choices=commands, help="serve, try all servers, print a URL")
     parser.add_argument("call", nargs="?", default="getMeetings", help="for url, such as 'getMeetingInfo?meetingID=x'")
     for name, variable, default in (("port", "PORT", "3005"), ("bind", "TINYSCALE_BIND", ""),
                                     ("servers", "TINYSCALE_SERVERS", "servers.json")):
