@@ -310,7 +310,6 @@ class Server:
     def __str__(self) -> str:
         return self.entry.host
     def url_for(self, call: str, query: str) -> str:
-        """The URL of a call to this server, signed with its secret."""
         return f"{self}/bigbluebutton/api/{call}?{sign(call, query, self.entry.secret, self.entry.checksum)}"
     def call(self, request: Request, why: str = "") -> Response:
         """Sign a call and return the answer, whatever its status. Raises Unavailable, and marks the server down."""
@@ -603,7 +602,7 @@ def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, R
              if response.success and not (paged and response.xml.find("recordings") is None)]
     request.chosen = f"{len(lists)} of {len(cluster.servers)} servers"
     found = {item.findtext("recordID") for response in lists for item in response.xml.iter("recording")}
-    refused = not lists and len(answers) == len(cluster.servers)        # by all of them, so for a reason
+    refused = len(answers) == len(cluster.servers) and not best(answers.values()).success       # by all, so for a reason
     if not refused and len(lists) < len(cluster.servers) and not (request.record_ids and request.record_ids <= found):
         raise Unavailable()
     return answers
@@ -753,6 +752,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             response = self.answer()
         except ApiError as error:
+            self.call.chosen = f"{self.call.chosen or self.client_address[0]} {error.key}"
             response = error.response(self.call.call)
         except OSError:
             raise                       # the client went away while we read its body
@@ -833,14 +833,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def serve(options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status. Raises SettingsError, or OSError without the port."""
+    """Serve until SIGTERM or SIGINT; return the exit status. Raises SettingsError."""
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # before any thread starts; sigwait receives them
     cluster, secrets = Cluster(options.servers), load_secrets()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # a thousand clients, and the servers' connections
-    balancer = LoadBalancer(cluster, secrets, options.bind, int(options.port), load_tls())
+    with mistakes(f"PORT {options.port}, TINYSCALE_BIND {options.bind or 'all'}", "Choose another, or stop who has it."):
+        balancer = LoadBalancer(cluster, secrets, options.bind, int(options.port), load_tls())
     cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)        # a hung server delays the start, but no meeting is overlooked
     for loop in (balancer.serve_forever, cluster.watch):
         threading.Thread(target=loop, daemon=True).start()
@@ -868,7 +869,6 @@ def check(options: argparse.Namespace) -> int:
         print(f"{server!s:40} {f'up, {server.running} meetings' if server in cluster.up() else f'UNUSABLE: {server.reason}'}")
     return 0 if cluster.up() == cluster.servers else 1
 def url(options: argparse.Namespace) -> int:
-    """Print the URL of a call, signed for tinyscale itself."""
     call, _, query = options.call.partition("?")
     host = f"[{options.bind}]" if ":" in options.bind else options.bind or "localhost"
     print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?"
@@ -876,7 +876,6 @@ def url(options: argparse.Namespace) -> int:
     return 0
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check, "url": url}
     parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one: README.md")
@@ -890,11 +889,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= number(options.port) < 65536:
             raise SettingsError(f"PORT {options.port!r} is no port. It must be a number up to 65535.")
         return commands[options.command](options)
-    except (SettingsError, OSError) as error:
+    except SettingsError as error:
         print(f"tinyscale: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        return 2
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)        # the threads of the pools may wait for a hung server, and Python would wait for them
