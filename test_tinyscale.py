@@ -38,6 +38,7 @@ import tinyscale
 
 tinyscale.log.addHandler(logging.NullHandler())        # a thread that outlives its test prints nothing
 HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, "tinyscale.py")
 SECRET = "the-front-ends-secret"
 DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
@@ -91,7 +92,7 @@ class FakeBBB:
     def __init__(self, name="bbb", secret="its-own-secret"):
         self.name, self.secret = name, secret
         self.meetings, self.recordings, self.hooks = {}, {}, {}
-        self.calls, self.faults, self.sockets = [], {}, set()
+        self.calls, self.faults, self.sockets, self.queue = [], {}, set(), []
         self.has_hooks, self.refuses_all_recordings, self.refuses_bodies = True, False, False
         self.clock = 1700000000000
         self.released, self.port, self.server = threading.Event(), 0, None
@@ -102,6 +103,7 @@ class FakeBBB:
         return f"http://127.0.0.1:{self.port}"
 
     def up(self):
+        self.down()
         fake, self.released = self, threading.Event()
 
         class Listener(http.server.ThreadingHTTPServer):
@@ -125,9 +127,23 @@ class FakeBBB:
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def swallow(self):
+        """Do not even take connections: the queue of those that nobody accepts is full."""
+        self.down()
+        self.queue = [socket.socket()]
+        self.queue[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.queue[0].bind(("127.0.0.1", self.port))
+        self.queue[0].listen(0)
+        for _ in range(4):
+            self.queue.append(socket.socket())
+            self.queue[-1].setblocking(False)
+            self.queue[-1].connect_ex(("127.0.0.1", self.port))
+
     def down(self):
         """Pull the plug: nobody listens, and what is open breaks off."""
         self.released.set()
+        while self.queue:
+            self.queue.pop().close()
         if self.server:
             self.server.shutdown()
             self.server.server_close()
@@ -435,7 +451,7 @@ class ClusterTest(unittest.TestCase):
         tinyscale.log.propagate = False
         self.addCleanup(tinyscale.log.removeHandler, handler)
         self.clock = Clock()
-        limits = {"CONNECT_TIMEOUT": 1, "ANSWER_TIMEOUT": 0.6, "WORK_TIMEOUT": 0.7, "PATIENCE": 0.2, "LINGER": 0.2, **dict(self.limits)}
+        limits = {"CONNECT_TIMEOUT": 0.4, "ANSWER_TIMEOUT": 0.6, "WORK_TIMEOUT": 0.7, "PATIENCE": 0.2, "LINGER": 0.2, **dict(self.limits)}
         for patch in (mock.patch.multiple(tinyscale, **limits), mock.patch.object(tinyscale, "time", self.clock)):
             patch.start()
             self.addCleanup(patch.stop)
@@ -934,6 +950,7 @@ class OutageTest(ClusterTest):
         """Each way in which the first server can fail, and how it comes back."""
         fake = self.fakes[0]
         yield "refused", fake.down, fake.up
+        yield "SYN swallowed", fake.swallow, fake.up
         for name, fault in (("silent", silent), ("reset", reset), ("500", status(500)), ("502", status(502)), ("503", status(503)),
                             ("504", status(504)), ("a page", status(200)), ("malformed", status(200, "<response><ret", "text/xml")),
                             ("rubbish", sends(b"\x16\x03\x01 no HTTP at all\r\n\r\n")), ("nothing", sends(b"")),
@@ -975,6 +992,29 @@ class OutageTest(ClusterTest):
                 self.assertEqual(self.create(lost).messageKey, "duplicateWarning")
                 for fake in self.fakes:
                     fake.meetings.clear()
+
+    def test_a_server_that_fails_from_the_start_is_left_out_until_it_answers(self):
+        for name, fail, mend in self.faults():
+            with self.subTest(name):
+                fail()
+                self.start()
+                self.assertEqual([self.create(f"{name} {number}").returncode for number in range(4)], ["SUCCESS"] * 4)
+                self.assertEqual([len(fake.meetings) for fake in self.fakes], [0, 2, 2])
+                mend()
+                self.survey()
+                self.assertEqual([self.create(f"{name} again {number}").returncode for number in range(3)], ["SUCCESS"] * 3)
+                self.assertTrue(self.fakes[0].meetings)
+                for fake in self.fakes:
+                    fake.meetings.clear()
+
+    def test_a_tls_handshake_that_never_ends_is_an_outage(self):
+        with socket.socket() as mute:
+            mute.bind(("127.0.0.1", 0))
+            mute.listen(50)
+            self.write_servers([{"host": f"https://127.0.0.1:{mute.getsockname()[1]}", "secret": "s"}, *self.entries()])
+            self.start()
+            self.assertIn("is down: no connection: ", self.log.getvalue())
+            self.assertEqual([self.create(f"room{number}").returncode for number in range(3)], ["SUCCESS"] * 3)
 
     def test_a_browser_that_joins_gets_a_page_that_tries_again_and_a_program_xml(self):
         self.create("room")
@@ -1164,6 +1204,57 @@ class OutageTest(ClusterTest):
             gate.set()
             for thread in threads:
                 thread.join()
+
+
+class RacesTest(ClusterTest):
+    def test_200_creates_while_the_server_dies_never_end_on_a_second_one(self):
+        def die(handler):
+            proper(handler)
+            threading.Thread(target=handler.bbb.down).start()
+            return silent(handler)
+        self.fakes[0].faults["create"] = die
+        answers = self.together([lambda: self.create("room")] * 200)
+        self.assertEqual({answer.messageKey for answer in answers}, {"serverUnavailable"})
+        self.assertEqual((self.having("room"), self.counts("create")[1:]), ([self.fakes[0]], [0, 0]))
+        self.fakes[0].faults.clear()
+        self.fakes[0].up()
+        self.survey()
+        answers = self.together([lambda: self.create("room")] * 50)
+        self.assertEqual(({answer.messageKey for answer in answers}, self.having("room")), ({"duplicateWarning"}, [self.fakes[0]]))
+
+    def test_create_against_end_against_survey_and_reload(self):
+        stop, mistakes = threading.Event(), []
+
+        def loop(job):
+            while not stop.is_set():
+                try:
+                    job()
+                except (AssertionError, OSError, ET.ParseError) as error:
+                    mistakes.append(error)
+
+        def create(number):
+            answer = self.create(f"room{number}")
+            self.assertEqual(answer.returncode, "SUCCESS")
+            self.assertLessEqual(len(self.having(f"room{number}")), 1)
+
+        def end(number):
+            self.assertIn(self.get("end", f"meetingID=room{number}").messageKey, ("notFound", "sentEndMeetingRequest"))
+
+        def reload():
+            self.write_servers([dict(entry, weight=1 + (len(mistakes) + number) % 3) for number, entry in enumerate(self.entries())])
+            self.cluster.load()
+        jobs = [lambda number=number, job=job: job(number) for number in range(3) for job in (create, create, end)]
+        threads = [threading.Thread(target=loop, args=(job,)) for job in [*jobs, reload, lambda: self.cluster.survey(3)]]
+        for thread in threads:
+            thread.start()
+        until(lambda: sum(fake.count("create") for fake in self.fakes) > 500, 3)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(mistakes, [])
+        for number in range(3):
+            self.assertEqual(self.create(f"room{number}").returncode, "SUCCESS")
+            self.assertEqual(len(self.having(f"room{number}")), 1)
 
 
 class ServersFileTest(ClusterTest):
@@ -1857,9 +1948,9 @@ class ProcessTest(unittest.TestCase):
             file.write(text or json.dumps([{"host": fake.url, "secret": fake.secret} for fake in self.fakes]))
         os.chmod(file.name, 0o600)
 
-    def run_it(self, *arguments, **env):
+    def run_it(self, *arguments, launcher=(), program=(PROGRAM,), **env):
         environment = {"PATH": os.environ["PATH"], "HOME": self.folder, "TINYSCALE_SECRET": SECRET, "PORT": "0", "PYTHONWARNINGS": "error", **env}
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinyscale.py"), *arguments], cwd=self.folder, env=environment,
+        process = subprocess.Popen([*launcher, sys.executable, *program, *arguments], cwd=self.folder, env=environment,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         self.addCleanup(self.end, process)
         return process
@@ -1984,6 +2075,30 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(process.wait(5), 1)
         hung.join()
 
+    def test_a_hung_server_does_not_hold_up_the_end(self):
+        program = "import os, tinyscale; tinyscale.DRAIN_TIMEOUT = 0.5; os._exit(tinyscale.main())"
+        process, port = self.started(program=["-c", program], PYTHONPATH=HERE)
+        self.fakes[0].put("room")
+        self.fakes[0].faults["end"] = silent
+        hung = threading.Thread(target=lambda: self.assertRaises(OSError, self.get, port, "end", "meetingID=room"))
+        hung.start()
+        self.assertTrue(until(lambda: self.fakes[0].count("end")))
+        process.terminate()
+        self.assertEqual(process.wait(5), 0)
+        self.assertIn("stopped with calls in progress", process.stderr.read())
+        hung.join()
+
+    def test_it_ends_as_pid_1_too(self):
+        unshare = ["unshare", "--pid", "--fork"]
+        with contextlib.suppress(OSError):
+            if subprocess.call([*unshare, "true"], stderr=subprocess.DEVNULL) == 0:
+                process, _ = self.started(launcher=unshare)
+                with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                    os.kill(int(file.read()), signal.SIGTERM)
+                self.assertEqual(process.wait(5), 0)
+                return
+        self.skipTest("needs the right to make a PID namespace")
+
     def test_sighup_reads_the_servers_again(self):
         process, port = self.started()
         for text, words in (("[{", "The servers stay as they were"), (None, "was read again: 2 servers")):
@@ -2063,7 +2178,7 @@ def demo(port):
         with open(path, "w") as file:
             json.dump([{"host": fake.url, "secret": fake.secret} for fake in fakes], file)
         os.chmod(path, 0o600)
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "tinyscale.py"), "--servers", path, "--port", str(port),
+        process = subprocess.Popen([sys.executable, PROGRAM, "--servers", path, "--port", str(port),
                                     "--bind", "127.0.0.1"], env={**os.environ, "TINYSCALE_SECRET": secret})
         try:
             url = f"http://127.0.0.1:{port}/bigbluebutton/api"

@@ -435,10 +435,10 @@ class Cluster:
             for key in (meeting_id, told.findtext("meetingID"), told.findtext("internalMeetingID")):
                 self.meetings[key or meeting_id] = meeting
     def forget(self, meeting_id: str, server: Server, asked: float) -> None:
-        """Note that the server, asked then, did not have the meeting. What was placed there since stays."""
+        """Note that the server, asked then, did not have the meeting. What was created since, or is just being, stays."""
         with self.lock:
             known = self.meetings.get(meeting_id)
-            if known and known.server is server and known.heard < asked:
+            if known and known.server is server and known.heard < asked and meeting_id not in self.creating:
                 del self.meetings[meeting_id]
     def in_turn(self) -> Iterator[Server]:
         """The servers for a new meeting: the one whose turn it is, then those to try if it cannot be reached.
@@ -525,7 +525,7 @@ def relay(cluster: Cluster, request: Request) -> Response:
         request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
     if denied and cluster.probe(request.meeting_id, [server]) == (None, True):      # else it has it, and its answer is right
         other = cluster.find(request.meeting_id)[0]
-        return other.call(request, "moved") if other else response
+        return other.call(request, "moved") if other not in (None, server) else response
     return response
 
 def join(cluster: Cluster, request: Request) -> Response:
