@@ -792,6 +792,8 @@ class RoutingTest(ClusterTest):
     def test_join_is_called_with_get_only(self):
         self.create("room")
         self.assertEqual(self.get("join", "meetingID=room&fullName=X", method="POST").status, 405)
+        with mock.patch.object(tinyscale.Handler, "body", side_effect=AssertionError("it was read")):       # every guest has a link
+            self.assertEqual(self.get("join", "meetingID=room&fullName=X", body=b"<" * 10**6, headers={"Content-Type": "text/xml"}).status, 405)
 
     def test_a_breakout_room_is_created_on_its_parents_server(self):
         self.create("zero")
@@ -1257,6 +1259,27 @@ class RacesTest(ClusterTest):
             self.assertEqual(len(self.having(f"room{number}")), 1)
 
 
+    def test_an_answer_in_drops_has_a_deadline(self):
+        def drops(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while not handler.bbb.released.wait(0.1):
+                    handler.wfile.write(b"x")
+        self.fakes[0].put("room")
+        self.survey()
+        self.fakes[0].faults["getMeetingInfo"] = drops
+        started = time.monotonic()
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "serverUnavailable")
+        self.assertLess(time.monotonic() - started, 3)
+
+    def test_a_message_of_a_server_cannot_forge_lines_of_the_log(self):
+        self.fakes[0].faults["getMeetings"] = lambda handler: failed("x\nforged line" + "y" * 500)
+        self.survey()
+        self.assertIn("getMeetings failed", self.log.getvalue())
+        self.assertNotIn("\nforged", self.log.getvalue())
+        self.assertNotIn("yyyy" * 50, self.log.getvalue())
+
+
 class ServersFileTest(ClusterTest):
     def test_it_is_read_again_and_servers_that_stay_keep_their_meetings(self):
         self.create("room0")
@@ -1356,6 +1379,8 @@ class ListsTest(ClusterTest):
             for fault in (status(200, bomb, "text/xml"), status(200, "x" * 200000), sends(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200000),
                           sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n30d40\r\n" + b"x" * 200000),
                           sends(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 200000),
+                          sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + b"x" * 200000),
+                          sends(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 200000),
                           sends(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n"), sends(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000)):
                 self.fakes[1].faults["getMeetingInfo"] = fault
                 self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "serverUnavailable")
@@ -1560,10 +1585,11 @@ class BodiesTest(ClusterTest):
         self.assertTrue(self.having("room")[0].calls[-1][3] == slides)
 
     def test_limits(self):
-        with mock.patch.multiple(tinyscale, MAX_BODY=1000, MAX_QUERY=100):
+        with mock.patch.multiple(tinyscale, MAX_BODY=1000, MAX_QUERY=500):
             answer = self.post("create", "meetingID=room", b"<" + b"x" * 10**6, "application/xml")
             self.assertEqual((answer.status, answer.messageKey, answer.headers["Connection"]), (413, "requestTooLarge", "close"))
-            self.assertEqual(self.form("create", "meetingID=room&name=" + "x" * 200, "").status, 413)
+            self.assertEqual(self.form("create", "meetingID=room&name=" + "x" * 600, "").status, 413)
+            self.assertEqual(self.http("/health", headers={"X": "y" * 600}).status, 431)
         self.assertEqual(self.counts("create"), [0, 0, 0])
 
     def test_who_does_not_know_the_secret_cannot_make_us_read_a_body(self):
@@ -1676,6 +1702,8 @@ class HttpTest(ClusterTest):
             (post + b"Content-Length:\r\n\r\n", 400), (post + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
             (post + b"Content-Length: 5\r\n 6\r\n\r\n<xml>", 400),
             (post + b"Content-Length: 999999999999\r\n\r\n", 413),
+            (get + b"X: a\r\r\nContent-Length: 44\r\n\r\n", 400), (get + b"X: a\rTransfer-Encoding: chunked\r\n\r\n", 400),
+            (get + b"X: \0\r\n\r\n", 400), (get + (b"A: " + b"b" * 8000 + b"\r\n") * 9 + b"\r\n", 431),
             (post + b"no colon\r\nContent-Length: 5\r\n\r\n<xml>", 400), (post + b"Content-Length : 5\r\n\r\n<xml>", 400),
             (post + b": no name\r\n\r\n", 400), (get + b" continued: 5\r\n\r\n", 400),
             (get + b"A: b\r\n" * 101 + b"\r\n", 431), (get + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431),
@@ -1738,7 +1766,7 @@ class HttpTest(ClusterTest):
 
     def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
         post = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 100\r\n\r\nhalf"
-        for data in (post, f"GET {self.PATH} HTTP/1.1\r\nX: "):
+        for data in (post, f"GET {self.PATH} HTTP/1.1\r\nX: ", f"GET {self.PATH} HTTP/1.1\r\nX: y\r\n"):
             self.log.truncate(0)
             with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
                 connection.sendall(data.encode())
@@ -1786,6 +1814,23 @@ class CrowdTest(ClusterTest):
             for connection in mute:
                 connection.close()
             self.assertTrue(until(lambda: not self.balancer.connections))
+
+    def test_who_does_not_take_its_answers_must_go_too(self):
+        self.create("room")
+        query = signed("join", "meetingID=room&fullName=" + "x" * 5000)
+        greedy = []
+        for _ in range(50):
+            connection = socket.socket()
+            self.addCleanup(connection.close)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", self.port))
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.send(f"GET /bigbluebutton/api/join?{query} HTTP/1.1\r\n\r\n".encode() * 400)
+            greedy.append(connection)
+        until(lambda: len(self.balancer.connections) == 50)
+        self.clock.ahead += 2
+        self.assertEqual(self.http("/health").status, 200)
 
     def test_who_is_being_answered_may_stay(self):
         gate, arrived = threading.Event(), threading.Event()

@@ -20,14 +20,13 @@ seconds. It holds your servers' secrets: read it before you run it, first verify
 from __future__ import annotations
 
 # isort: off
-import argparse, collections, contextlib, hashlib, hmac, http.client, http.server, json, logging, os, re, resource, signal
+import argparse, collections, contextlib, hashlib, hmac, http.client, http.server, io, json, logging, os, re, resource, signal
 import socket, socketserver, ssl, sys, threading, time, traceback, urllib.error, urllib.request, uuid, weakref
 import xml.etree.ElementTree as ET
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote_plus, unquote_plus, urlsplit
-
 __version__ = "1.0"
 log = logging.getLogger("tinyscale")
 
@@ -46,7 +45,6 @@ MAX_ANSWER = 64 * 2**20             # bytes of a server's answer: some 20,000 re
 
 # ---- checksums -------------------------------------------------------------------------------------------------------
 DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}       # by the length in hex, as BBB tells them apart
-
 def checksum(call: str, query: str, secret: str, digest: str) -> str:
     """The hex checksum of a call: over its name, its raw query without the checksum, and the secret (BBB's API docs)."""
     return hashlib.new(digest, (call + query + secret).encode()).hexdigest()
@@ -55,22 +53,20 @@ def sign(call: str, query: str, secret: str, digest: str = "sha256") -> str:
 def without(query: str, *names: str) -> str:
     """The raw query less the parameters of these names; the rest stays byte for byte, empty parts too."""
     return "&".join(part for part in query.split("&") if part.partition("=")[0] not in names)
-
 def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) -> tuple[str, dict[str, str]]:
     """Check the checksum in a raw query; return the query without it, and its decoded parameters.
-
     A form's query may also be signed as BBB does since 2.6.18: as if it were empty. Raises ApiError if the checksum is
     missing, repeated or wrong. So does a repeated meetingID or recordID: calls of BBB differ in which one counts, and a
     server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)"""
-    parts = [part.partition("=") for part in query.split("&") if part]
-    pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
-    names = collections.Counter(name for name, _ in pairs)
-    given = [value.lower() for name, _, value in parts if name == "checksum"]
-    if len(given) == names["checksum"] == 1 and names["meetingID"] < 2 and names["recordID"] < 2:
-        digest, unsigned = DIGESTS.get(len(given[0])), without(query, "checksum")
-        for secret in filter(str.strip, secrets if digest else ()):         # a blank secret never verifies anything
-            for text in [unsigned, ""] if form else [unsigned]:
-                if hmac.compare_digest(checksum(call, text, secret, digest or "").encode(), given[0].encode()):
+    given = [part[len("checksum="):].lower() for part in query.split("&") if part.startswith("checksum=")]
+    digest, unsigned = DIGESTS.get(len(given[0])) if len(given) == 1 else None, without(query, "checksum")
+    for secret in filter(str.strip, secrets if digest else ()):             # a blank secret never verifies anything
+        for text in [unsigned, ""] if form else [unsigned]:
+            if hmac.compare_digest(checksum(call, text, secret, digest or "").encode(), given[0].encode()):
+                parts = [part.partition("=") for part in query.split("&") if part]      # decoding is dear: not for strangers
+                pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
+                names = collections.Counter(name for name, _ in pairs)
+                if names["checksum"] == 1 and names["meetingID"] < 2 and names["recordID"] < 2:
                     return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
     raise ApiError("checksumError", "Checksums do not match")
 
@@ -95,7 +91,6 @@ class Request:
         self.meeting_id = self.params.get("meetingID", "")
         ids = unquote_plus(self.params.get("recordID", "")).split(",")      # decoded twice, as in BBB's RecordingController
         self.record_ids = {text.strip() for text in ids} - {""}
-
 class Response(NamedTuple):
     """An answer, a server's or our own."""
     status: int
@@ -106,7 +101,6 @@ class Response(NamedTuple):
     @property
     def success(self) -> bool:
         return self.xml.findtext("returncode") == "SUCCESS"
-
 class ApiError(Exception):
     """A call that is refused, with BBB's messageKey and message, and an HTTP status, which in BBB is always 200."""
     def __init__(self, key: str, message: str, status: int = 200) -> None:
@@ -128,12 +122,14 @@ def parse(body: bytes) -> ET.Element:
     """The <response> that a body consists of; NOTHING if it is anything else."""
     with contextlib.suppress(ET.ParseError, LookupError, ValueError):   # not well-formed, or in an unknown encoding
         root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", body))     # such a name must not hide the rest
-        return root if root.tag == "response" else NOTHING
+        level = [root]
+        for _ in range(50):             # BBB's are ten deep, and thousands end in a RecursionError when they are written
+            level = [child for element in level for child in element]
+        return root if root.tag == "response" and not level else NOTHING
     return NOTHING
 def number(text: str | None) -> int:
     """A number in BBB's XML or parameters; -1 if the text is none."""
     return int(text) if text and re.fullmatch("[+]?[0-9]{1,18}", text) else -1
-
 VERSION = Response(200, b"<response><returncode>SUCCESS</returncode><version>2.0</version><apiVersion>2.0</apiVersion></response>")
 RETRY_PAGE = Response(503, f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>One moment</title>
 <meta http-equiv="refresh" content="{RETRY_AFTER}"><meta name="viewport" content="width=device-width">
@@ -181,7 +177,6 @@ def origin(url: Any) -> str:
     with contextlib.suppress(ValueError):                   # a port or an IPv6 address that is none
         return text if urlsplit(text).hostname and urlsplit(text).port != 0 else ""
     return ""
-
 FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "host": (origin, 'must look like "https://bbb1.example.org"'),
     "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints there"),
@@ -196,7 +191,6 @@ def mistakes(where: str, mend: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{where}: {getattr(error, 'strerror', None) or error}. {mend}") from None
-
 def load_servers(path: str) -> list[Entry]:
     """Read servers.json. Raises SettingsError: nothing half valid comes out."""
     with mistakes(path, "It must be JSON like servers.json.example."), open(path, encoding="utf-8-sig") as file:
@@ -262,10 +256,14 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.sock.settimeout(req.timeout)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have refused a body half sent
                 connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
-            answer, body = connection.getresponse(), bytearray()
-            while len(body) <= MAX_ANSWER and (piece := answer.read(2**18)):        # Python 3.8 allocates what is asked for
+            answer, body, deadline = connection.getresponse(), bytearray(), time.monotonic() + (req.timeout or 0)
+            length = answer.length
+            while len(body) != length and len(body) <= MAX_ANSWER and (piece := answer.read1(2**16)):
                 body += piece
-            if answer.length or len(body) > MAX_ANSWER:     # read(amount) does not tell when the rest is missing
+                if time.monotonic() > deadline:             # it comes in drops
+                    raise socket.timeout
+            answer.close()
+            if len(body) > MAX_ANSWER or length not in (None, len(body)):       # read1 does not tell
                 raise http.client.IncompleteRead(b"")
         except BaseException as error:
             connection.close()                              # never kept half read
@@ -279,7 +277,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.idle.append((time.monotonic(), connection))
         else:                                               # without a sock: the server said that it closes
             connection.close()
-        headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
+        headers = [(name, value) for name in ("Location", "Set-Cookie")[answer.status < 300:] for value in answer.headers.get_all(name, [])]
         return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
 def trouble(call: str, response: Response) -> tuple[str, bool]:
     """Why an answer says more of the server than of the call, so that no caller may see it, and whether it is an outage."""
@@ -303,10 +301,9 @@ class Server:
         self.lock = threading.Lock()                        # for what follows
         self.down_since: float | None = time.monotonic()    # None: it is up, which it first has to show
         self.reason = "no answer yet"                       # why it is down
-        self.answered = 0.0                                 # when it last gave a usable answer
         self.doubtful = False                               # it failed to answer a question, and has not answered since
+        self.answered, self.turn = 0.0, 0.0                 # when it last gave a usable answer; for Cluster.in_turn
         self.running = 0                                    # meetings, in the last survey
-        self.turn = 0.0                                     # for Cluster.in_turn
     def __str__(self) -> str:
         return self.entry.host
     def url_for(self, call: str, query: str) -> str:
@@ -325,7 +322,7 @@ class Server:
             response: Response = self.opener.open(signed, timeout=timeout)
         except urllib.error.URLError as error:
             raise self.failed(f"no connection: {error.reason}") from error
-        except (OSError, http.client.HTTPException) as error:       # the text of the latter may quote what was sent
+        except (OSError, http.client.HTTPException, ValueError) as error:       # the text of the latter may quote what was sent
             reason = (f"no answer in {timeout} s" if isinstance(error, socket.timeout) else
                       f"broken answer: {error if isinstance(error, OSError) else type(error).__name__}")
             outage = self.answered < asked                  # else other calls were answered meanwhile: it is this one's trouble
@@ -353,8 +350,7 @@ class Meeting(NamedTuple):
 class Cluster:
     """All servers: which one has a meeting, and which one gets a new one."""
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.modified = 0.0                         # modification() when it was read
+        self.path, self.modified = path, 0.0        # of servers.json; modified is modification() when it was read
         self.wake = threading.Event()               # set: read servers.json and survey now
         self.lock = threading.Lock()                # for what follows; never held while a server is asked
         self.servers: list[Server] = []
@@ -411,10 +407,8 @@ class Cluster:
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe = self.probes.get(meeting_id) or self.pool.submit(self.probe, meeting_id, self.usable())
             self.probes[meeting_id] = probe
-        try:
-            found = probe.result()[0]
-        finally:
-            self.probes.pop(meeting_id, None)
+        probe.add_done_callback(lambda _: self.probes.pop(meeting_id, None))
+        found = probe.result()[0]
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
         """The first of these servers to have the meeting, which is then remembered; and if none, whether all said so."""
@@ -460,7 +454,7 @@ class Cluster:
         listed: dict[str, list[str]] = collections.defaultdict(list)
         for server, response in self.ask(self.servers, Request("getMeetings"), patience):
             if not response.success:
-                server.failed(f"getMeetings failed: {response.xml.findtext('messageKey')}")
+                server.failed(f"getMeetings failed: {response.xml.findtext('messageKey')!r:.80}")
                 continue
             items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
             for key in self.meetings.keys() - items.keys() - {item.findtext("internalMeetingID") for item in items.values()}:
@@ -494,7 +488,6 @@ class Cluster:
                 log.error("%s The servers stay as they were.", error)
             except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
                 log_bug("a survey", error)
-
 def log_bug(where: str, error: BaseException | None) -> None:
     """Log an error that is ours, without its text, which might quote a query."""
     log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
@@ -527,11 +520,8 @@ def relay(cluster: Cluster, request: Request) -> Response:
         other = cluster.find(request.meeting_id)[0]
         return other.call(request, "moved") if other not in (None, server) else response
     return response
-
 def join(cluster: Cluster, request: Request) -> Response:
     """A browser is sent to the meeting's server itself, whose cookie it needs; a program may want the answer instead."""
-    if request.method != "GET":
-        raise ApiError("unsupportedRequest", "join is called with GET only", 405)
     try:
         if request.params.get("redirect", "").lower() not in ("", "true"):      # BBB's parseBoolean, unless it is empty
             return relay(cluster, request)
@@ -545,7 +535,6 @@ def join(cluster: Cluster, request: Request) -> Response:
         raise
     request.chosen = f"{server} ({why})"
     return Response(302, b"", "", [("Location", server.url_for("join", request.query))])
-
 def create(cluster: Cluster, request: Request) -> Response:
     """To the server that has the meeting; a new one is placed. Once it has its server, creates run side by side."""
     if not request.meeting_id:
@@ -575,7 +564,6 @@ def place(cluster: Cluster, request: Request) -> Response:
     if response.success or response.status >= 500:
         cluster.remember(server, request.meeting_id, response.xml)
     return response
-
 def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
     brief = request.call in ("getMeetings", "getSessions")      # of the others a list that lacks a server does harm
@@ -593,7 +581,6 @@ def merge_lists(cluster: Cluster, request: Request) -> Response:
     answers = ask_all(cluster, request).values()
     response = best(answers)
     return listing(request.call, merge(request.call, answers)) if response.success else response
-
 def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, Response]:
     """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the request
     is in the lists of the others: a front end takes a recording that is missing in a SUCCESS for deleted."""
@@ -629,7 +616,6 @@ def relay_recording(cluster: Cluster, request: Request) -> Response:
     if not owners:
         return relay_anywhere(cluster, request, "nowhere")
     return best([server.call(request, "owner") for server in owners])
-
 def hook_id(callback_url: str) -> str:
     """One ID for the hooks that all servers have for this URL: BBB allows only one hook a URL (bbb-webhooks, hooks.js)."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, callback_url))
@@ -655,7 +641,6 @@ def destroy_hook(cluster: Cluster, request: Request) -> Response:
     request.chosen = f"{len(found)} of {len(cluster.servers)} servers"
     return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook.findtext('hookID', ''))}"))
                  for server, hook in found])
-
 CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other: relay
     "create": create,
     "join": join,
@@ -668,10 +653,11 @@ CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other:
 def health(cluster: Cluster) -> Response:
     """For proxies and monitors: 200 while a new meeting could be placed, else 503."""
     able = any(not server.entry.cordoned for server in cluster.up())
-    return Response(200 if able else 503, b"ok\n" if able else b"no server for a new meeting\n", "text/plain")
+    return Response(*(200, b"ok\n") if able else (503, b"no server for a new meeting\n"), "text/plain")
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
 REQUEST_LINE = re.compile(rb"[A-Z]+ [!-\"$-~]+ HTTP/1\.[01]\r?\n")      # ASCII; a "#" is no part of a request's target
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*)?\r?\n")
 FORM, XML_TYPES = "application/x-www-form-urlencoded", ("application/xml", "text/xml")
 IDLE, READING, ANSWERING, OVER = range(4)       # a connection: awaits a request, receives one, is answered, is done with
 
@@ -739,15 +725,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.started, self.command = time.monotonic(), ""
         if not REQUEST_LINE.fullmatch(self.raw_requestline):
             self.send_error(400)
-        elif super().parse_request():
+        elif self.parse_head():
             lengths = ",".join(self.headers.get_all("Content-Length", ["0"]))
-            broken = any("Header" in type(defect).__name__ for defect in self.headers.defects)  # others: no multipart yet
-            if "Transfer-Encoding" not in self.headers and not broken and re.fullmatch("[0-9]{1,15}", lengths):
+            if "Transfer-Encoding" not in self.headers and re.fullmatch("[0-9]{1,15}", lengths):
                 self.unread = int(lengths)
                 self.close_connection |= self.unread > 0 or self.request_version < "HTTP/1.1"
                 return True
             self.send_error(411 if "Transfer-Encoding" in self.headers else 400)
         return False
+    def parse_head(self) -> bool:
+        """Let http.server's parser, which is made for e-mail, see only headers that are few and well-formed."""
+        stream, lines = self.rfile, [b""]
+        while lines[-1] not in (b"\r\n", b"\n"):
+            lines.append(stream.readline(MAX_QUERY + 1))
+            if not lines[-1]:
+                raise ConnectionError("its request was cut short")
+            if sum(map(len, lines)) > MAX_QUERY or len(lines) > 102 or not HEADER.fullmatch(lines[-1]):
+                self.send_error(400 if sum(map(len, lines)) <= MAX_QUERY and len(lines) <= 102 else 431)
+                return False
+        self.rfile = io.BytesIO(b"".join(lines))
+        parsed, self.rfile = super().parse_request(), stream
+        return parsed
     def do_GET(self) -> None:
         try:
             response = self.answer()
@@ -777,6 +775,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return CALLS.get(match[1], relay)(self.server.cluster, self.call)
     def read_call(self, call: str, query: str) -> Request:
         """Verify the checksum, then read the body: nobody without the secret can send us much. Raises ApiError."""
+        if call == "join" and (self.unread or self.command == "POST"):      # its checksum is in the hands of every guest
+            raise ApiError("unsupportedRequest", "join is called with GET only, without a body", 405)
         content_type, body = self.headers.get("Content-Type", ""), b""
         media_type = content_type.partition(";")[0].strip().lower()
         if media_type == FORM and not query and self.unread:
@@ -788,6 +788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             query, params = verify(call, query, self.server.secrets)
             if self.unread and media_type not in (FORM, *XML_TYPES, "multipart/form-data"):
                 raise ApiError("unsupportedContentType", "POST request Content-Type is missing or unsupported")
+            self.server.now(self.request, ANSWERING)
             body = self.body(MAX_BODY)
             if media_type == FORM and body and not re.match(rb"(\xef\xbb\xbf)?\s*<", body):
                 raise ApiError("checksumError", "Parameters must be in the URL or in the body, not in both")
@@ -806,12 +807,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
     def respond(self, response: Response) -> None:
         """Write the answer, and a line in the log."""
+        self.server.now(self.request, READING)          # it may go if it does not take the answer
         self.close_connection |= self.server.stopping
         self.send_response_only(response.status)
         for name, value in (("Date", self.date_time_string()), ("Content-Type", response.content_type), *response.headers,
                             ("Content-Length", str(len(response.body))), ("Connection", "close" * self.close_connection)):
             if value:
-                self.send_header(name, re.sub(r"[\r\n]+\s*", " ", value))
+                self.send_header(name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -860,7 +862,6 @@ def serve(options: argparse.Namespace) -> int:
         done = balancer.change.wait_for(lambda: all(doing == IDLE for doing, _ in balancer.connections.values()), DRAIN_TIMEOUT)
     log.info("stopped" if done else "stopped with calls in progress")
     return 0
-
 def check(options: argparse.Namespace) -> int:
     """Try every server and print what came of it; return 1 if one is unusable."""
     cluster = Cluster(options.servers)
@@ -871,10 +872,9 @@ def check(options: argparse.Namespace) -> int:
 def url(options: argparse.Namespace) -> int:
     call, _, query = options.call.partition("?")
     host = f"[{options.bind}]" if ":" in options.bind else options.bind or "localhost"
-    print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?"
-          f"{sign(call, query, load_secrets()[0])}")
+    scheme, query = "https" if load_tls() else "http", sign(call, query, load_secrets()[0])
+    print(f"{scheme}://{host}:{options.port}/bigbluebutton/api/{call}?{query}")
     return 0
-
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check, "url": url}
