@@ -466,6 +466,14 @@ class ClusterTest(unittest.TestCase):
         self.path = os.path.join(folder.name, "servers.json")
         self.write_servers()
         self.start()
+        self.addCleanup(self.check_log)
+
+    def check_log(self):
+        """Whatever a test did: no secret and no checksum is in the log."""
+        log = self.log.getvalue()
+        for secret in (SECRET, "another-secret", "checksum=", *(fake.secret for fake in self.fakes)):
+            self.assertNotIn(secret, log)
+        self.assertIsNone(re.search("(?<![0-9a-f])(?:[0-9a-f]{40}|[0-9a-f]{64}|[0-9a-f]{96}|[0-9a-f]{128})(?![0-9a-f-])", log))
 
     def entries(self):
         return [{"host": fake.url + "/bigbluebutton/", "secret": fake.secret} for fake in self.fakes]

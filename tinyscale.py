@@ -40,7 +40,7 @@ IDLE_TIMEOUT, LINGER = 75, 2        # seconds of a client's silence (nginx gives
 DRAIN_TIMEOUT, MAX_CONNECTIONS = 10, 1000       # seconds that a stop waits for calls in progress; clients, a thread each
 MAX_POOL, MAX_IDLE = 32, 30         # connections kept open to a server, seconds each waits for a call (nginx closes after 75)
 MAX_PROBES, WORKERS = 64, 16        # meetings searched for at once; threads for what a server is asked among several
-MAX_QUERY, MAX_BODY = 2**16, 100 * 2**20    # bytes of a form (http.server's limit for a query in the URL), and of slides
+MAX_QUERY, MAX_BODY = 2**16, 100 * 2**20    # bytes of a query (in a form too) or of headers, and of slides
 MAX_ANSWER = 64 * 2**20             # bytes of a server's answer: some 20,000 recordings
 
 # ---- checksums -------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def origin(url: Any) -> str:
     return ""
 FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "host": (origin, 'must look like "https://bbb1.example.org"'),
-    "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints there"),
+    "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints"),
     "weight": (lambda value: type(value) is int and 1 <= value <= 100, "must be a whole number from 1 to 100"),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
     "checksum": (lambda value: value in list(DIGESTS.values()), 'must be "sha1", "sha256", "sha384" or "sha512"'),
@@ -277,7 +277,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.idle.append((time.monotonic(), connection))
         else:                                               # without a sock: the server said that it closes
             connection.close()
-        headers = [(name, value) for name in ("Location", "Set-Cookie")[answer.status < 300:] for value in answer.headers.get_all(name, [])]
+        headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
         return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
 def trouble(call: str, response: Response) -> tuple[str, bool]:
     """Why an answer says more of the server than of the call, so that no caller may see it, and whether it is an outage."""
