@@ -1834,7 +1834,14 @@ class CrowdTest(ClusterTest):
     def test_who_does_not_take_its_answers_must_go_too(self):
         self.create("room")
         query = signed("join", "meetingID=room&fullName=" + "x" * 5000)
-        greedy = []
+        greedy, setup = [], tinyscale.Handler.setup
+
+        def setup_with_a_small_buffer(handler):
+            handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            setup(handler)
+        patch = mock.patch.object(tinyscale.Handler, "setup", setup_with_a_small_buffer)
+        patch.start()
+        self.addCleanup(patch.stop)
         for _ in range(CROWD):
             connection = socket.socket()
             self.addCleanup(connection.close)
@@ -1842,7 +1849,7 @@ class CrowdTest(ClusterTest):
             connection.connect(("127.0.0.1", self.port))
             connection.setblocking(False)
             with contextlib.suppress(BlockingIOError):
-                connection.send(f"GET /bigbluebutton/api/join?{query} HTTP/1.1\r\n\r\n".encode() * 200)
+                connection.send(f"GET /bigbluebutton/api/join?{query} HTTP/1.1\r\n\r\n".encode() * 20)
             greedy.append(connection)
         until(lambda: len(self.balancer.connections) == CROWD)
         self.clock.ahead += 2
@@ -1877,15 +1884,16 @@ class CrowdTest(ClusterTest):
         self.survey()
 
         def calls(number, many=1250):
+            requests = "".join(f"GET /bigbluebutton/api/{call}?{signed(call, query)} HTTP/1.1\r\n\r\n" for call, query in (
+                ("isMeetingRunning", f"meetingID=no{number}"), ("getMeetings", ""), ("getMeetingInfo", "meetingID=room"), ("bad", "x"),
+                *[("join", "meetingID=room")] * 46)).encode()
             with socket.create_connection(("127.0.0.1", self.port), 10) as connection:
-                for _ in range(many // 25):
-                    for call, query in (("isMeetingRunning", f"meetingID=no{number}"), ("getMeetings", ""),
-                                        ("getMeetingInfo", "meetingID=room"), ("bad", "x"), *[("join", "meetingID=room")] * 21):
-                        connection.sendall(f"GET /bigbluebutton/api/{call}?{signed(call, query)} HTTP/1.1\r\n\r\n".encode())
+                for _ in range(many // 50):
+                    connection.sendall(requests)
                     received = b""
-                    while received.count(b"HTTP/1.1 ") < 25:
+                    while received.count(b"HTTP/1.1 ") < 50:
                         received += connection.recv(65536)
-        self.together([lambda number=number: calls(number, 125) for number in range(8)])
+        self.together([lambda number=number: calls(number, 100) for number in range(8)])
         before = threading.active_count(), sockets()
         self.together([lambda number=number: calls(number) for number in range(8)])
         for _ in range(1000):
