@@ -59,6 +59,10 @@ def until(condition, seconds=5.0):
 
 # ---- a fake BBB server -----------------------------------------------------------------------------------------------
 
+FIXED = ("<createDate>Tue Nov 14 22:13:20 UTC 2023</createDate><voiceBridge>70000</voiceBridge><dialNumber>613-555-1234</dialNumber>"
+         "<hasUserJoined>false</hasUserJoined><duration>0</duration><hasBeenForciblyEnded>false</hasBeenForciblyEnded>")
+
+
 class FakeMeeting:
     def __init__(self, params, created):
         self.id, self.created = params["meetingID"], created
@@ -70,11 +74,11 @@ class FakeMeeting:
 
     def info(self):
         return (f"<meetingName>{html.escape(self.name)}</meetingName><meetingID>{html.escape(self.id)}</meetingID>"
-                f"<internalMeetingID>{self.internal_id}</internalMeetingID><createTime>{self.created}</createTime>"
+                f"<internalMeetingID>{self.internal_id}</internalMeetingID><createTime>{self.created}</createTime>{FIXED}"
                 f"<attendeePW>{html.escape(self.attendee_pw)}</attendeePW>"
                 f"<moderatorPW>{html.escape(self.moderator_pw)}</moderatorPW>"
                 f"<running>{str(self.people > 0).lower()}</running><participantCount>{self.people}</participantCount>"
-                f"<attendees/><metadata/><isBreakout>{str(self.breakout).lower()}</isBreakout>")
+                f"<moderatorCount>0</moderatorCount><attendees/><metadata/><isBreakout>{str(self.breakout).lower()}</isBreakout>")
 
 
 def success(inner):
@@ -195,7 +199,7 @@ class FakeBBB:
                        f"<internalMeetingID>{meeting.internal_id}</internalMeetingID>"
                        f"<attendeePW>{html.escape(meeting.attendee_pw)}</attendeePW>"
                        f"<moderatorPW>{html.escape(meeting.moderator_pw)}</moderatorPW>"
-                       f"<createTime>{meeting.created}</createTime><messageKey>{key}</messageKey><message></message>")
+                       f"<createTime>{meeting.created}</createTime>{FIXED}<messageKey>{key}</messageKey><message></message>")
 
     def join(self, params):
         meeting, token = self.find(params["meetingID"]), uuid.uuid4().hex[:16]
