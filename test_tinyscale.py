@@ -1756,6 +1756,13 @@ class HttpTest(ClusterTest):
             self.assertTrue(received.startswith(b"HTTP/1.1 404 "), path)
             self.assertIn(b"<messageKey>notFound", received)
 
+    def test_each_refusal_has_a_line_of_its_own(self):
+        for path in ("/", "/", "/bigbluebutton/api/getMeetings", "/" + "x" * 70000, "/"):
+            self.log.truncate(0)
+            self.talk(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
+            self.assertTrue(until(lambda: "\n" in self.log.getvalue()))
+            self.assertRegex(self.log.getvalue().strip("\0"), r"^(-|getMeetings) '' 127.0.0.1( notFound| checksumError|) 4?2?\d+ \d{1,4} ms\n$")
+
     def test_the_absolute_form_of_a_target_is_taken(self):
         for target in ("http://any.example.org" + self.PATH, "HTTPS://x:1" + self.PATH):
             received = self.talk(f"GET {target} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())

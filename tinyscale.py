@@ -9,7 +9,7 @@ The way of a call, from top to bottom and never back up:
 
     accept()             LoadBalancer       a thread for each connection
       parse_request()    Handler            refuses what is not plain HTTP
-      read_call()        Handler, verify    the checksum first, only then the body
+      read_call()        Handler, verify    the checksum first, only then the body (a form is the query)
         CALLS[call]      create, relay ...  which server, or all of them
           find, in_turn  Cluster            who has the meeting, who gets it
             call()       Server             signed again; a failure marks the server down
@@ -42,33 +42,6 @@ MAX_POOL, MAX_IDLE = 32, 30         # connections kept open to a server, seconds
 MAX_PROBES, WORKERS = 64, 16        # meetings searched for at once; threads for what a server is asked among several
 MAX_QUERY, MAX_BODY = 2**16, 100 * 2**20    # bytes of a query (in a form too) or of headers, and of slides
 MAX_ANSWER = 64 * 2**20             # bytes of a server's answer: some 20,000 recordings
-
-# ---- checksums -------------------------------------------------------------------------------------------------------
-DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}       # by the length in hex, as BBB tells them apart
-def checksum(call: str, query: str, secret: str, digest: str) -> str:
-    """The hex checksum of a call: over its name, its raw query without the checksum, and the secret (BBB's API docs)."""
-    return hashlib.new(digest, (call + query + secret).encode()).hexdigest()
-def sign(call: str, query: str, secret: str, digest: str = "sha256") -> str:
-    return f"{query}{query and '&'}checksum={checksum(call, query, secret, digest)}"
-def without(query: str, *names: str) -> str:
-    """The raw query less the parameters of these names; the rest stays byte for byte, empty parts too."""
-    return "&".join(part for part in query.split("&") if part.partition("=")[0] not in names)
-def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) -> tuple[str, dict[str, str]]:
-    """Check the checksum in a raw query; return the query without it, and its decoded parameters.
-    A form's query may also be signed as BBB does since 2.6.18: as if it were empty. Raises ApiError if the checksum is
-    missing, repeated or wrong. So does a repeated meetingID or recordID: calls of BBB differ in which one counts, and a
-    server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)"""
-    given = [part[len("checksum="):].lower() for part in query.split("&") if part.startswith("checksum=")]
-    digest, unsigned = DIGESTS.get(len(given[0])) if len(given) == 1 else None, without(query, "checksum")
-    for secret in filter(str.strip, secrets if digest else ()):             # a blank secret never verifies anything
-        for text in [unsigned, ""] if form else [unsigned]:
-            if hmac.compare_digest(checksum(call, text, secret, digest or "").encode(), given[0].encode()):
-                parts = [part.partition("=") for part in query.split("&") if part]      # decoding is dear: not for strangers
-                pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
-                names = collections.Counter(name for name, _ in pairs)
-                if names["checksum"] == 1 and names["meetingID"] < 2 and names["recordID"] < 2:
-                    return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
-    raise ApiError("checksumError", "Checksums do not match")
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 XML = "text/xml;charset=utf-8"          # without the charset Python clients read it as Latin-1
@@ -121,7 +94,7 @@ class Unavailable(ApiError):
 def parse(body: bytes) -> ET.Element:
     """The <response> that a body consists of; NOTHING if it is anything else."""
     with contextlib.suppress(ET.ParseError, LookupError, ValueError):   # not well-formed, or in an unknown encoding
-        root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", body))     # such a name must not hide the rest
+        root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", body))     # a control character in a name must not hide the rest
         level = [root]
         for _ in range(50):             # BBB's are ten deep, and thousands end in a RecursionError when they are written
             level = [child for element in level for child in element]
@@ -160,6 +133,33 @@ def listing(call: str, items: Sequence[ET.Element], pagination: str = "") -> Res
     inner = f"<{name}>{inner}</{name}>" if items else empty
     return Response(200, f"<response><returncode>SUCCESS</returncode>{inner}{pagination}</response>".encode())
 
+# ---- checksums -------------------------------------------------------------------------------------------------------
+DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}       # by the length in hex, as BBB tells them apart
+def checksum(call: str, query: str, secret: str, digest: str) -> str:
+    """The hex checksum of a call: over its name, its raw query without the checksum, and the secret (BBB's API docs)."""
+    return hashlib.new(digest, (call + query + secret).encode()).hexdigest()
+def sign(call: str, query: str, secret: str, digest: str = "sha256") -> str:
+    return f"{query}{query and '&'}checksum={checksum(call, query, secret, digest)}"
+def without(query: str, *names: str) -> str:
+    """The raw query less the parameters of these names; the rest stays byte for byte, empty parts too."""
+    return "&".join(part for part in query.split("&") if part.partition("=")[0] not in names)
+def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) -> tuple[str, dict[str, str]]:
+    """Check the checksum in a raw query; return the query without it, and its decoded parameters.
+    A form's query may also be signed as BBB does since 2.6.18: as if it were empty. Raises ApiError if the checksum is
+    missing, repeated or wrong, or if meetingID or recordID is repeated: BBB's calls differ in which one counts, and a
+    server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)"""
+    given = [part[len("checksum="):].lower() for part in query.split("&") if part.startswith("checksum=")]
+    digest, unsigned = DIGESTS.get(len(given[0]), "") if len(given) == 1 else "", without(query, "checksum")
+    for secret in filter(str.strip, secrets if digest else ()):             # a blank secret never verifies anything
+        for text in [unsigned, ""] if form else [unsigned]:
+            if hmac.compare_digest(checksum(call, text, secret, digest).encode(), given[0].encode()):
+                parts = [part.partition("=") for part in query.split("&") if part]      # decoding is dear: not for strangers
+                pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
+                names = collections.Counter(name for name, _ in pairs)
+                if names["checksum"] == 1 and names["meetingID"] < 2 and names["recordID"] < 2:
+                    return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
+    raise ApiError("checksumError", "Checksums do not match")
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 class SettingsError(Exception):
     """A mistake in the settings: one line that says where it is and how to mend it."""
@@ -182,11 +182,11 @@ FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints"),
     "weight": (lambda value: type(value) is int and 1 <= value <= 100, "must be a whole number from 1 to 100"),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
-    "checksum": (lambda value: value in list(DIGESTS.values()), 'must be "sha1", "sha256", "sha384" or "sha512"'),
+    "checksum": (lambda value: value in DIGESTS.values(), 'must be "sha1", "sha256", "sha384" or "sha512"'),
 }
 @contextlib.contextmanager
 def mistakes(where: str, mend: str) -> Iterator[None]:
-    """Turn what goes wrong with a file into a SettingsError."""
+    """Turn what goes wrong with a file, or with our address, into a SettingsError."""
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
@@ -280,7 +280,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
         return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
 def trouble(call: str, response: Response) -> tuple[str, bool]:
-    """Why an answer says more of the server than of the call, so that no caller may see it, and whether it is an outage."""
+    """Why an answer says more of the server than of the call, so that no caller may see it ("" if not), and whether it is an outage."""
     status, length = response.status, len(response.body)
     if response.xml.findtext("messageKey") == "checksumError":
         return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
@@ -297,8 +297,8 @@ class Server:
         self.opener = urllib.request.OpenerDirector()       # build_opener's follows redirects and uses proxies
         self.opener.addheaders = [("User-Agent", f"tinyscale/{__version__}")]
         self.opener.add_handler(KeepAliveHandler())
-        self.pools = {True: futures.ThreadPoolExecutor(WORKERS), False: futures.ThreadPoolExecutor(WORKERS)}     # see ask
-        self.lock = threading.Lock()                        # for what follows
+        self.pools = {True: futures.ThreadPoolExecutor(WORKERS), False: futures.ThreadPoolExecutor(WORKERS)}     # for questions?
+        self.lock = threading.Lock()                        # for down_since and reason
         self.down_since: float | None = time.monotonic()    # None: it is up, which it first has to show
         self.reason = "no answer yet"                       # why it is down
         self.doubtful = False                               # it failed to answer a question, and has not answered since
@@ -309,9 +309,9 @@ class Server:
     def url_for(self, call: str, query: str) -> str:
         return f"{self}/bigbluebutton/api/{call}?{sign(call, query, self.entry.secret, self.entry.checksum)}"
     def call(self, request: Request, why: str = "") -> Response:
-        """Sign a call and return the answer, whatever its status. Raises Unavailable, and marks the server down."""
+        """Sign a call and return the answer. Raises Unavailable if there is no usable one; an outage marks the server down."""
         request.chosen = f"{self} ({why})"
-        call, asked = request.call, time.monotonic()
+        call, asked, bbb = request.call, time.monotonic(), not request.call.startswith("hooks/")    # another program there
         headers = {} if call in READS and not request.body else {"Connection": "close"}
         if request.body:
             headers["Content-Type"] = request.content_type
@@ -326,10 +326,10 @@ class Server:
             reason = (f"no answer in {timeout} s" if isinstance(error, socket.timeout) else
                       f"broken answer: {error if isinstance(error, OSError) else type(error).__name__}")
             outage = self.answered < asked                  # else other calls were answered meanwhile: it is this one's trouble
-            raise self.failed(reason, acted=True, outage=outage and not call.startswith("hooks/")) from error
+            raise self.failed(reason, acted=True, outage=bbb and outage) from error
         reason, outage = trouble(call, response)
-        if reason:                                          # hooks/... is another program on the same host
-            raise self.failed(reason, response.status in (500, 504), outage and not call.startswith("hooks/"))
+        if reason:
+            raise self.failed(reason, acted=response.status == 504, outage=bbb and outage)
         self.answered, self.doubtful = time.monotonic(), False
         return response
     def failed(self, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
@@ -340,6 +340,10 @@ class Server:
             if outage:
                 self.down_since, self.reason = self.down_since or time.monotonic(), reason
         return Unavailable(self, acted)
+def log_bug(where: str, error: BaseException | None) -> None:
+    """Log an error that is ours, without its text, which might quote a query."""
+    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
+              "".join(traceback.format_tb(error.__traceback__ if error else None)))
 
 # ---- all servers -----------------------------------------------------------------------------------------------------
 class Meeting(NamedTuple):
@@ -352,7 +356,7 @@ class Cluster:
     def __init__(self, path: str) -> None:
         self.path, self.modified = path, 0.0        # of servers.json; modified is modification() when it was read
         self.wake = threading.Event()               # set: read servers.json and survey now
-        self.lock = threading.Lock()                # for what follows; never held while a server is asked
+        self.lock = threading.Lock()                # to change what follows; never held while a server is asked
         self.servers: list[Server] = []
         self.turn = 0.0                             # see in_turn
         self.meetings: dict[str, Meeting] = {}      # by meetingID and by internalMeetingID: BBB accepts both
@@ -380,7 +384,7 @@ class Cluster:
         return [server for server in self.up() if not server.doubtful] or self.up()
     def ask(self, servers: Sequence[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
-        question = request.call in ("getMeetings", "getMeetingInfo")        # is quick: must not wait for what is not
+        question = request.call in ("getMeetings", "getMeetingInfo")        # quick: does not wait behind lists, shows doubts
         asked = {server.pools[question].submit(server.call, request): server for server in servers}
         try:
             for future in futures.as_completed(asked, patience):
@@ -488,11 +492,6 @@ class Cluster:
                 log.error("%s The servers stay as they were.", error)
             except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
                 log_bug("a survey", error)
-def log_bug(where: str, error: BaseException | None) -> None:
-    """Log an error that is ours, without its text, which might quote a query."""
-    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
-              "".join(traceback.format_tb(error.__traceback__ if error else None)))
-
 # ---- calls -----------------------------------------------------------------------------------------------------------
 def first_to_answer(servers: Iterable[Server], request: Request, why: str) -> tuple[Server, Response]:
     """Try servers one after the other, but none after one that may have carried out the call. Raises Unavailable."""
@@ -535,6 +534,19 @@ def join(cluster: Cluster, request: Request) -> Response:
         raise
     request.chosen = f"{server} ({why})"
     return Response(302, b"", "", [("Location", server.url_for("join", request.query))])
+def place(cluster: Cluster, request: Request) -> Response:
+    """Create a new meeting: a breakout room on its parent's server, any other on the server whose turn it is."""
+    server = cluster.find(request.params["parentMeetingID"])[0] if request.params.get("parentMeetingID") else None
+    servers, why = ([server], "parent's") if server else (cluster.in_turn(), "in turn")
+    try:
+        server, response = first_to_answer(servers, request, why)
+    except Unavailable as error:
+        if error.server:                                    # it may have the meeting now: the next create asks there
+            cluster.remember(error.server, request.meeting_id, NOTHING)
+        raise
+    if response.success or response.status >= 500:
+        cluster.remember(server, request.meeting_id, response.xml)
+    return response
 def create(cluster: Cluster, request: Request) -> Response:
     """To the server that has the meeting; a new one is placed. Once it has its server, creates run side by side."""
     if not request.meeting_id:
@@ -549,19 +561,6 @@ def create(cluster: Cluster, request: Request) -> Response:
             return place(cluster, request)
     response = server.call(request, why)
     if response.success:
-        cluster.remember(server, request.meeting_id, response.xml)
-    return response
-def place(cluster: Cluster, request: Request) -> Response:
-    """Create a new meeting: a breakout room on its parent's server, any other on the server whose turn it is."""
-    server = cluster.find(request.params["parentMeetingID"])[0] if request.params.get("parentMeetingID") else None
-    servers, why = ([server], "parent's") if server else (cluster.in_turn(), "in turn")
-    try:
-        server, response = first_to_answer(servers, request, why)
-    except Unavailable as error:
-        if error.server:                                    # it may have the meeting now: the next create asks there
-            cluster.remember(error.server, request.meeting_id, NOTHING)
-        raise
-    if response.success or response.status >= 500:
         cluster.remember(server, request.meeting_id, response.xml)
     return response
 def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
@@ -607,7 +606,7 @@ def get_recordings(cluster: Cluster, request: Request) -> Response:
                    "<paged>true</paged><unpaged>false</unpaged></pageable>"
                    f"<totalElements>{len(items)}</totalElements><empty>{str(not page).lower()}</empty></pagination>")
 def relay_recording(cluster: Cluster, request: Request) -> Response:
-    """A call about recordings: to the servers that have them. SUCCESS if any of these says so."""
+    """A call about recordings: to the servers that have them. SUCCESS if any of these says so; of JSON answers the first."""
     if not request.record_ids:
         return relay_anywhere(cluster, request)
     answers = recordings(cluster, request, f"recordID={quote_plus(','.join(request.record_ids))}&state=any")
@@ -722,7 +721,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Refuse what is not plain HTTP, and what two readers could read differently."""
         self.server.now(self.request, READING)
-        self.started, self.command = time.monotonic(), ""
+        self.call, self.started, self.command = Request("-"), time.monotonic(), ""
         if not REQUEST_LINE.fullmatch(self.raw_requestline):
             self.send_error(400)
         elif self.parse_head():
@@ -774,7 +773,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.now(self.request, ANSWERING)
         return CALLS.get(match[1], relay)(self.server.cluster, self.call)
     def read_call(self, call: str, query: str) -> Request:
-        """Verify the checksum, then read the body: nobody without the secret can send us much. Raises ApiError."""
+        """Verify the checksum, then read the body; only a form, which is the query, before that. Raises ApiError."""
         if call == "join" and (self.unread or self.command == "POST"):      # its checksum is in the hands of every guest
             raise ApiError("unsupportedRequest", "join is called with GET only, without a body", 405)
         content_type, body = self.headers.get("Content-Type", ""), b""
@@ -811,7 +810,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection |= self.server.stopping
         self.send_response_only(response.status)
         for name, value in (("Date", self.date_time_string()), ("Content-Type", response.content_type), *response.headers,
-                            ("Content-Length", str(len(response.body))), ("Connection", "close" * self.close_connection)):
+                            ("Content-Length", str(len(response.body))), ("Connection", "close" if self.close_connection else "")):
             if value:
                 self.send_header(name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
         self.end_headers()
@@ -827,7 +826,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.call, self.unread = Request("-"), 0
         self.server.now(self.request, IDLE)
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.close_connection, self.request_version = True, "HTTP/1.1"
+        self.started, self.close_connection, self.request_version = time.monotonic(), True, "HTTP/1.1"
         self.respond(ApiError("badRequest", http.client.responses[code], code).response())
     def log_message(self, format: str, *args: Any) -> None:
         if self.server.connections[self.request][0] != IDLE:        # else it was merely kept long enough
@@ -848,11 +847,11 @@ def serve(options: argparse.Namespace) -> int:
     for loop in (balancer.serve_forever, cluster.watch):
         threading.Thread(target=loop, daemon=True).start()
     log.info("tinyscale %s listens on port %d, with %d of %d servers up", __version__, balancer.server_address[1],
-             len(cluster.usable()), len(cluster.servers))
+             len(cluster.up()), len(cluster.servers))
     while signal.sigwait(signals) == signal.SIGHUP:
         cluster.wake.set()
-    for number in (signal.SIGINT, signal.SIGTERM):          # a second one ends at once, as PID 1 too
-        signal.signal(number, lambda *_: os._exit(1))
+    for last in (signal.SIGINT, signal.SIGTERM):            # a second one ends at once, as PID 1 too
+        signal.signal(last, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     balancer.stopping = True
     log.info("stopping")
@@ -878,7 +877,7 @@ def url(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     commands: dict[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check, "url": url}
-    parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one: README.md")
+    parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one. See README.md.")
     parser.add_argument("command", nargs="?", default="serve", choices=commands, help="serve, try all servers, print a URL")
     parser.add_argument("call", nargs="?", default="getMeetings", help="for url, such as 'getMeetingInfo?meetingID=x'")
     for name, variable, default in (("port", "PORT", "3005"), ("bind", "TINYSCALE_BIND", ""),
@@ -890,11 +889,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError(f"PORT {options.port!r} is no port. It must be a number up to 65535.")
         return commands[options.command](options)
     except SettingsError as error:
-        print(f"tinyscale: {error}", file=sys.stderr)
+        print(f"tinyscale: {error}", file=sys.stderr, flush=True)
         return 2
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)        # the threads of the pools may wait for a hung server, and Python would wait for them
