@@ -462,7 +462,7 @@ class Cluster:
                 continue
             items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
             for key in self.meetings.keys() - items.keys() - {item.findtext("internalMeetingID") for item in items.values()}:
-                self.forget(str(key), server, asked)
+                self.forget(key, server, asked)
             server.running = len(items)
             for meeting_id, item in items.items():
                 listed[meeting_id].append(str(server))
@@ -492,6 +492,7 @@ class Cluster:
                 log.error("%s The servers stay as they were.", error)
             except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
                 log_bug("a survey", error)
+
 # ---- calls -----------------------------------------------------------------------------------------------------------
 def first_to_answer(servers: Iterable[Server], request: Request, why: str) -> tuple[Server, Response]:
     """Try servers one after the other, but none after one that may have carried out the call. Raises Unavailable."""
@@ -595,9 +596,9 @@ def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, R
 def get_recordings(cluster: Cluster, request: Request) -> Response:
     """One list of all servers' recordings, and of that the page that is asked for, with BBB's limits for it."""
     answers = recordings(cluster, request, without(request.query, "offset", "limit")).values()
-    items, params = merge("getRecordings", answers), request.params
     if not best(answers).success:
         return best(answers)
+    items, params = merge("getRecordings", answers), request.params
     if not re.fullmatch("[+-]?[0-9]{1,9}", params.get("limit", "")):
         return listing("getRecordings", items)
     offset, limit = max(0, number(params.get("offset"))), min(max(1, number(params["limit"])), 100)
