@@ -3,12 +3,14 @@
 
     python3 test_tinyscale.py              run the tests
     python3 test_tinyscale.py demo         tinyscale in front of three fake servers, to try without BBB (--port 3005)
+    python3 test_tinyscale.py bench        calls per second and latency, beside a bare ThreadingHTTPServer's: half a minute
 
 The fakes verify each checksum and answer as BBB does, until a test tells them to refuse, hang, hang up or talk rubbish.
 """
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import html
@@ -22,6 +24,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -41,6 +44,28 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "tinyscale.py")
 SECRET = "the-front-ends-secret"
 DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+# A throw-away key and certificate for localhost, only for these tests, valid until 2126. Made with: openssl req -x509 -newkey ec
+# -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2wlwJDq1Q5CLOUm7
+RSNs8gOFB8k64hh3HeSuTSg7m+uhRANCAAQakvu2sgPfGUZTfOCBh2t6B6UPWWUP
+0pixK+7o8UMl3N8wMJ5TEZzn2vizVbkmngiyN6dZmhn6wNZY7/0LWvgO
+-----END PRIVATE KEY-----
+"""
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUNYref1UUNpi0pZdnZO1QWsoj0ewwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNDA3MzcyNVoYDzIxMjYxMDMx
+MDczNzI1WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQakvu2sgPfGUZTfOCBh2t6B6UPWWUP0pixK+7o8UMl3N8wMJ5TEZzn
+2vizVbkmngiyN6dZmhn6wNZY7/0LWvgOo28wbTAdBgNVHQ4EFgQUZ22nFoR62brg
+4abS83m3t+vdkpowHwYDVR0jBBgwFoAUZ22nFoR62brg4abS83m3t+vdkpowDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIhAP+SoWaOvY/tNkSkMBfDpiq5ZPZDiKjxQeQDBI/fV6uDAiBZ
+Xupze+xjgpB1DJgBDQ2S4yV7IkLiKE+6pgKdDCqoCQ==
+-----END CERTIFICATE-----
+"""
 
 
 def signed(call, query, secret=SECRET, digest="sha1"):
@@ -93,8 +118,8 @@ def failed(key, message="no"):
 class FakeBBB:
     """A BBB server. `calls` has what it was asked, `faults` what it shall do instead of answering, by call or "*"."""
 
-    def __init__(self, name="bbb", secret="its-own-secret"):
-        self.name, self.secret = name, secret
+    def __init__(self, name="bbb", secret="its-own-secret", tls=None):
+        self.name, self.secret, self.tls = name, secret, tls
         self.meetings, self.recordings, self.hooks = {}, {}, {}
         self.calls, self.faults, self.sockets, self.queue = [], {}, set(), []
         self.has_hooks, self.refuses_all_recordings, self.refuses_bodies = True, False, False
@@ -104,7 +129,7 @@ class FakeBBB:
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def up(self):
         self.down()
@@ -112,6 +137,12 @@ class FakeBBB:
 
         class Listener(http.server.ThreadingHTTPServer):
             request_queue_size, daemon_threads = 1000, True
+
+            def get_request(self):
+                connection, address = super().get_request()
+                if fake.tls:
+                    connection = fake.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+                return connection, address
 
             def process_request(self, request, client_address):
                 fake.sockets.add(request)
@@ -154,7 +185,7 @@ class FakeBBB:
             self.server = None
         for connection in list(self.sockets):
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def count(self, *names):
         return sum(call in names for call, *_ in self.calls)
@@ -338,6 +369,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
             token = html.escape(dict(parse_qsl(query)).get("name", ""))
             return self.answer(200, "text/html;charset=utf-8", f"<h1>This is {self.bbb.name}</h1><p>Hello {token}.", {})
         call = path[len("/bigbluebutton/api/"):]
+        if not call:
+            return self.answer(*success("<version>2.0</version><bbbVersion>3.0.4</bbbVersion>"))
         self.bbb.calls.append((call, query, self.command, body, self.headers.get("Content-Type", "")))
         fault = self.bbb.faults.get(call) or self.bbb.faults.get("*")
         answer = fault(self) if fault else self.call(call, query, body)
@@ -428,6 +461,9 @@ class Clock:
     def monotonic(self):
         return time.monotonic() + self.ahead
 
+    def __getattr__(self, name):
+        return getattr(time, name)
+
 
 class Answer:
     def __init__(self, response):
@@ -449,6 +485,7 @@ class ClusterTest(unittest.TestCase):
     """Three fake servers and tinyscale in this process. Surveys come when the test says so."""
     servers = 3
     limits = ()                 # (name, value), ...: of tinyscale's limits
+    settings = ()               # (variable, value), ...: its environment, but for the secrets
 
     def setUp(self):
         self.log = io.StringIO()
@@ -489,8 +526,9 @@ class ClusterTest(unittest.TestCase):
 
     def start(self):
         """A new tinyscale, which knows nothing yet but what a survey shows."""
-        self.cluster = tinyscale.Cluster(self.path)
-        self.balancer = tinyscale.LoadBalancer(self.cluster, [SECRET, "another-secret"], "127.0.0.1", 0, None)
+        with mock.patch.dict(os.environ, TINYSCALE_SECRET=f"{SECRET},another-secret", **dict(self.settings)):
+            self.balancer = tinyscale.LoadBalancer(self.path, "127.0.0.1", "0")
+        self.cluster = self.balancer.cluster
         self.port = self.balancer.server_address[1]
         thread = threading.Thread(target=self.balancer.serve_forever, args=(0.01,))
         thread.start()
@@ -506,6 +544,12 @@ class ClusterTest(unittest.TestCase):
             for handler in server.opener.handlers:
                 while handler.idle:
                     handler.idle.pop()[1].close()
+
+    def load(self, entries=None):
+        """Have tinyscale read the settings again."""
+        self.write_servers(entries)
+        with mock.patch.dict(os.environ, TINYSCALE_SECRET=f"{SECRET},another-secret", **dict(self.settings)):
+            self.balancer.load()
 
     def survey(self):
         self.cluster.survey(3)
@@ -637,7 +681,7 @@ class RoutingTest(ClusterTest):
         for number in range(8):
             self.create(f"room{number}")
         self.assertEqual([self.having(f"room{number}")[0].name for number in range(8)],
-                         ["bbb1", "bbb2", "bbb1", "bbb1"] * 2)
+                         ["bbb1", "bbb1", "bbb1", "bbb2"] * 2)
 
     def test_join_sends_the_browser_to_the_meetings_server_without_a_call(self):
         self.create("room")
@@ -696,6 +740,18 @@ class RoutingTest(ClusterTest):
         jobs = [lambda: self.get("join", f"meetingID={meeting.id}&fullName=X").headers["Location"]] * 20
         self.assertEqual({url.partition("/big")[0] for url in self.together(jobs)}, {self.fakes[1].url})
         self.assertEqual(self.counts("getMeetingInfo"), [1, 1, 1])
+
+    def test_who_polls_for_a_meeting_to_begin_causes_one_probe_a_second(self):
+        for ahead, expected in ((0, [1, 1, 1]), (0.5, [1, 1, 1]), (1.1, [2, 2, 2])):
+            self.clock.ahead += ahead
+            for _ in range(10):
+                self.assertEqual(self.get("isMeetingRunning", "meetingID=soon").running, "false")
+            self.assertEqual(self.counts("getMeetingInfo"), expected)
+        self.fakes[1].put("soon")                       # not through us: a create must not believe the last probe
+        self.assertEqual((self.create("soon").messageKey, self.having("soon")), ("duplicateWarning", [self.fakes[1]]))
+        self.clock.ahead += 20
+        self.survey()
+        self.assertEqual(self.cluster.probes, {})
 
     def test_ids_are_compared_whole(self):
         meeting = self.fakes[1].put("10")
@@ -877,8 +933,7 @@ class CreateTest(ClusterTest):
         self.create("room")
         entries = self.entries()
         entries[0]["cordoned"] = True
-        self.write_servers(entries)
-        self.cluster.load()
+        self.load(entries)
         self.assertEqual((self.create("room").messageKey, self.having("room")), ("duplicateWarning", [self.fakes[0]]))
         self.fakes[0].meetings.clear()
         self.assertEqual((self.create("room").returncode, self.having("room")), ("SUCCESS", [self.fakes[1]]))
@@ -1035,8 +1090,12 @@ class OutageTest(ClusterTest):
         self.get("getMeetingInfo", "meetingID=room")
         answer = self.get("join", "meetingID=room&fullName=X", headers=BROWSER)
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
-        self.assertIn(b'http-equiv="refresh"', answer.body)
+        self.assertEqual(answer.headers["Refresh"], "5")
         self.assertNotIn(b"://", answer.body)
+        for languages, title in (("de-DE,de;q=0.9,en;q=0.8", b"Einen Moment bitte"), ("fr,de;q=0.5", b"Einen Moment bitte"),
+                                 ("en-US,en;q=0.9,de;q=0.8", b"One moment, please"), ("sv", b"One moment, please")):
+            page = self.get("join", "meetingID=room&fullName=X", headers={**BROWSER, "Accept-Language": languages}).body
+            self.assertIn(b"<h1>" + title, page)
         self.assertEqual(self.get("join", "meetingID=room&fullName=X").messageKey, "serverUnavailable")
 
     def test_the_meetings_of_a_server_that_is_down_are_placed_anew_after_a_while(self):
@@ -1070,13 +1129,11 @@ class OutageTest(ClusterTest):
         self.survey()
         self.assertEqual(self.cluster.find("room")[1], "remembered")
 
-    def test_a_hung_server_gets_no_new_meetings_even_before_its_silence_is_sure(self):
+    def test_a_server_that_is_silent_to_a_probe_gets_no_new_meetings(self):
         self.fakes[0].faults["*"] = silent
-        self.assertEqual(self.create("room").returncode, "SUCCESS")
-        self.assertIsNone(self.cluster.servers[0].down_since, self.log.getvalue())
-        self.assertEqual([self.create(f"room{number}").returncode for number in range(3)], ["SUCCESS"] * 3)
-        self.assertEqual(self.counts("create")[0], 0)
-        self.assertEqual(self.fakes[0].count("getMeetingInfo"), 1)
+        self.assertEqual([self.create(f"room{number}").returncode for number in range(4)], ["SUCCESS"] * 4)
+        self.assertEqual((self.counts("create")[0], self.fakes[0].count("getMeetingInfo")), (0, 1))
+        self.assertIn("is down: no answer in 0.15 s", self.log.getvalue())
 
     def test_one_slow_call_is_no_outage(self):
         self.create("room")
@@ -1107,9 +1164,8 @@ class OutageTest(ClusterTest):
         self.assertEqual((self.http("/health").status, self.create("room").messageKey), (200, "duplicateWarning"))
 
     def test_health_tells_whether_a_new_meeting_could_be_placed(self):
-        self.write_servers([dict(entry, cordoned=True) for entry in self.entries()])
         self.assertEqual((self.http("/health").status, self.http("/health", "HEAD").body), (200, b""))
-        self.cluster.load()
+        self.load([dict(entry, cordoned=True) for entry in self.entries()])
         self.assertEqual(self.http("/health").status, 503)
 
     def test_a_survey_asked_before_a_failure_does_not_mark_the_server_up(self):
@@ -1158,7 +1214,7 @@ class OutageTest(ClusterTest):
             thread.join()
 
     def test_a_server_that_does_not_answer_a_probe_has_not_denied_the_meeting(self):
-        for fault, down in ((silent, False), (status(502), True), (status(500), False)):
+        for fault, down in ((silent, True), (status(502), True), (status(500), False)):
             with self.subTest(fault):
                 self.start()
                 self.create("room")
@@ -1173,8 +1229,8 @@ class OutageTest(ClusterTest):
     def test_a_cordoned_server_that_does_not_answer_a_probe_keeps_its_meeting(self):
         self.create("room")
         self.write_servers([{**entry, "cordoned": fake is self.having("room")[0]} for fake, entry in zip(self.fakes, self.entries())])
-        self.cluster.load()
-        for fault in (silent, status(502)):
+        self.load()
+        for fault in (status(500), silent, status(502)):
             self.fakes[0].faults["getMeetingInfo"] = fault
             self.assertEqual((self.create("room").messageKey, self.having("room")), ("duplicateWarning", [self.fakes[0]]))
 
@@ -1223,16 +1279,16 @@ class OutageTest(ClusterTest):
     def test_slow_lists_hold_up_neither_surveys_nor_new_meetings(self):
         gate = threading.Event()
         self.addCleanup(gate.set)
-        with mock.patch.multiple(tinyscale, WORKERS=2, ANSWER_TIMEOUT=3):
-            self.start()
+        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=3):
             for fake in self.fakes:
                 fake.faults["getRecordings"] = held(gate)
-            threads = [threading.Thread(target=self.get, args=("getRecordings",)) for _ in range(8)]
+            threads = [threading.Thread(target=self.get, args=("getRecordings",)) for _ in range(40)]
             for thread in threads:
                 thread.start()
-            until(lambda: self.fakes[0].count("getRecordings") == 2)
+            until(lambda: self.fakes[0].count("getRecordings") == 40)
             self.assertEqual((self.create("room").returncode, self.http("/health").status), ("SUCCESS", 200))
-            self.assertEqual([server.doubtful for server in self.cluster.servers], [False] * 3)
+            self.survey()
+            self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
             gate.set()
             for thread in threads:
                 thread.join()
@@ -1279,8 +1335,7 @@ class RacesTest(ClusterTest):
             self.assertIn(self.get("end", f"meetingID=room{number}").messageKey, ("notFound", "sentEndMeetingRequest"))
 
         def reload():
-            self.write_servers([dict(entry, weight=1 + (len(mistakes) + number) % 3) for number, entry in enumerate(self.entries())])
-            self.cluster.load()
+            self.load([dict(entry, weight=1 + (len(mistakes) + number) % 3) for number, entry in enumerate(self.entries())])
         jobs = [lambda number=number, job=job: job(number) for number in range(3) for job in (create, create, end)]
         threads = [threading.Thread(target=loop, args=(job,)) for job in [*jobs, reload, lambda: self.cluster.survey(3)]]
         for thread in threads:
@@ -1300,23 +1355,25 @@ class ServersFileTest(ClusterTest):
         self.create("room0")
         self.create("room1")
         kept, gone = self.cluster.servers[0], self.fakes[1]
-        self.write_servers([self.entries()[2], dict(self.entries()[0], weight=2)])
-        self.cluster.load()
+        self.load([self.entries()[2], dict(self.entries()[0], weight=2)])
         self.assertIs(self.cluster.servers[1], kept)
         self.survey()
         self.assertEqual(self.cluster.find("room0"), (kept, "remembered"))
         self.assertEqual(self.cluster.find("room1"), (None, "nowhere"))
         for number in range(2, 8):
             self.create(f"room{number}")
-        self.assertEqual([len(fake.meetings) for fake in self.fakes], [4, 1, 3])     # one turn of the first was before
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [5, 1, 2])     # the circle goes on with its last third
         self.assertEqual(gone.count("getMeetings", "getMeetingInfo"), 0)
 
     def test_the_watch_takes_up_a_new_file_and_keeps_the_old_list_if_it_is_broken(self):
+        patch = mock.patch.dict(os.environ, TINYSCALE_SECRET=SECRET)
+        patch.start()
+        self.addCleanup(patch.stop)
         with mock.patch.multiple(tinyscale, SURVEY_INTERVAL=0.05):
-            threading.Thread(target=self.cluster.watch, daemon=True).start()
+            threading.Thread(target=self.balancer.watch, daemon=True).start()
             with open(self.path, "w") as file:
                 file.write("[{")
-            self.assertTrue(until(lambda: "The servers stay as they were" in self.log.getvalue()))
+            self.assertTrue(until(lambda: "The settings stay as they were" in self.log.getvalue()))
             self.assertEqual(len(self.cluster.servers), 3)
             self.write_servers(self.entries()[:2])
             os.utime(self.path, (1, 1))
@@ -1359,6 +1416,35 @@ class ListsTest(ClusterTest):
                 self.survey()
         self.assertEqual({item.findtext("meetingID") for item in self.get("getMeetings").xml.iter("meeting")},
                          {f"r\u00f6\u00f6m & {number}" for number in range(3)})
+
+    def test_the_servers_own_bytes_are_joined(self):
+        names = ["<![CDATA[</meeting> <meeting> & \u00e4]]>", "a&#x26;b<!-- <meeting> -->", "plain\x08"]
+        items = [f"<meeting>\r\n<meetingName>{name}</meetingName><meetingID>room{number}</meetingID><metadata><meeting>x</meeting>"
+                 f"</metadata></meeting>\n" for number, name in enumerate(names)]
+        for fake, item in zip(self.fakes, items):
+            fake.faults["getMeetings"] = status(200, f"<?xml version='1.0'?>\n<response> <returncode>SUCCESS</returncode><meetings>"
+                                                     f"{item}</meetings></response>", "text/xml")
+        expected = f"<response><returncode>SUCCESS</returncode><meetings>{''.join(items)}</meetings></response>"
+        self.assertEqual(self.get("getMeetings").body.decode(), expected.replace("\x08", " "))
+        self.fakes[0].faults["getMeetings"] = self.fakes[1].faults["getMeetings"]       # twins: each is shown once
+        self.assertEqual(sorted(item.findtext("meetingID") for item in self.get("getMeetings").xml.findall("meetings/meeting")),
+                         ["room1", "room2"])
+
+    def test_what_could_mean_something_else_elsewhere_is_left_out(self):
+        for fake in self.fakes:
+            fake.put("at " + fake.name)
+        self.survey()
+        meeting = "<meetings><meeting><meetingID>%s</meetingID></meeting></meetings>"
+        for text, count in (('<?xml version="1.0" encoding="ISO-8859-1"?><response><returncode>SUCCESS</returncode>'
+                             + meeting % "\u00e4" + "</response>", 2),
+                            ('<!DOCTYPE response [<!ENTITY x "y">]><response><returncode>SUCCESS</returncode>' + meeting % "&x;"
+                             + "</response>", 2), ("<response><returncode>SUCCESS</returncode>"
+                                                   + meeting.replace("<meetings>", "<meetings a='b'>") % "c" + "</response>", 3)):
+            self.fakes[1].faults["getMeetings"] = status(200, text.encode("latin-1"), "text/xml")
+            answer = self.get("getMeetings")
+            self.assertEqual((answer.returncode, len(answer.xml.findall("meetings/meeting"))), ("SUCCESS", count), text)
+            self.fakes[1].faults.clear()
+            self.survey()
 
     def test_one_bad_server_never_spoils_meetings_and_sessions(self):
         for fake in self.fakes:
@@ -1509,8 +1595,7 @@ class RecordingsTest(ClusterTest):
         self.fakes[1].down()
         self.survey()
         gone = self.get("getRecordingTextTracks", f"recordID={self.ids[1]}")
-        self.assertEqual((gone.headers["Content-Type"].partition(";")[0], json.loads(gone.body)["response"]["messageKey"]),
-                         ("application/json", "serverUnavailable"))
+        self.assertEqual(gone.messageKey, "serverUnavailable")
 
 
 class HooksTest(ClusterTest):
@@ -1534,7 +1619,7 @@ class HooksTest(ClusterTest):
                 self.assertEqual(self.get("hooks/destroy", f"hookID={hooks[1].findtext('hookID')}").removed, "true")
                 self.assertEqual([fake.hooks for fake in self.fakes], [{}, {}, {}])
                 self.assertEqual(self.get("hooks/list").body, b"<response><returncode>SUCCESS</returncode><hooks></hooks></response>")
-        self.assertEqual(self.get("hooks/destroy").messageKey, "missingParamHookID")
+        self.assertEqual(self.get("hooks/destroy").messageKey, "destroyMissingHook")
         self.assertEqual(self.get("hooks/create", "").messageKey, "missingParamCallbackURL")
 
     def test_webhooks_that_are_missing_or_refuse_are_no_outage_of_the_server(self):
@@ -1572,7 +1657,7 @@ class BodiesTest(ClusterTest):
         for over in (text, ""):
             self.assertEqual(self.form("create", text, over).returncode, "SUCCESS")
             owner, = self.having("room")
-            self.assertEqual(owner.calls[-1][1:4], (signed("create", text, owner.secret, "sha256"), "POST", b""))
+            self.assertEqual(owner.calls[-1][1:4], (signed("create", text, owner.secret, "sha256"), "GET", b""))
         self.assertEqual(self.form("create", text, "something else").messageKey, "checksumError")
         self.assertEqual(self.form("end", "meetingID=room&password=m%26p", "").messageKey, "sentEndMeetingRequest")
         self.assertEqual(self.form("getMeetings", "a=b", "a=b").returncode, "SUCCESS")
@@ -1602,7 +1687,7 @@ class BodiesTest(ClusterTest):
         self.assertTrue(self.having("room")[0].calls[-1][3] == slides)
 
     def test_limits(self):
-        with mock.patch.multiple(tinyscale, MAX_BODY=1000, MAX_QUERY=500):
+        with mock.patch.multiple(tinyscale, MAX_BODY=1000, MAX_HEAD=500):
             answer = self.post("create", "meetingID=room", b"<" + b"x" * 10**6, "application/xml")
             self.assertEqual((answer.status, answer.messageKey, answer.headers["Connection"]), (413, "requestTooLarge", "close"))
             self.assertEqual(self.form("create", "meetingID=room&name=" + "x" * 600, "").status, 413)
@@ -1642,7 +1727,7 @@ class BodiesTest(ClusterTest):
         for code in (301, 302, 303, 307, 308):
             self.fakes[0].faults["end"] = status(code, Location=self.fakes[1].url + "/bigbluebutton/api/end")
             self.assertEqual(self.get("end", "meetingID=room").messageKey, "serverUnavailable")
-            self.assertIn("a redirect?", self.log.getvalue())
+            self.assertIn(f"is down: HTTP {code} without an answer", self.log.getvalue())
             self.survey()
         self.assertEqual(self.counts("end"), [0, 0, 0])
 
@@ -1711,12 +1796,12 @@ class HttpTest(ClusterTest):
             (post + b"Transfer-Encoding: chunked\r\n\r\n5\r\n<xml>\r\n0\r\n\r\n", 411),
             (post + b"Transfer-Encoding: identity\r\n\r\n", 411),
             (post + b"transfer-encoding:\tchunked\r\nContent-Length: 0\r\n\r\n", 411),
-            (post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n<xml>", 400),
-            (post + b"Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
-            (post + b"Content-Length: -1\r\n\r\n", 400), (post + b"Content-Length: +5\r\n\r\n<xml>", 400),
-            (post + b"Content-Length: 1_0\r\n\r\n<xml></xml", 400), (post + b"Content-Length: 5, 5\r\n\r\n<xml>", 400),
-            (post + b"Content-Length: 0x5\r\n\r\n<xml>", 400), (post + b"Content-Length: \xb2\r\n\r\n<x", 400),
-            (post + b"Content-Length:\r\n\r\n", 400), (post + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
+            (post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n<xml>", 411),
+            (post + b"Content-Length: 0\r\nContent-Length: 0\r\n\r\n", 411),
+            (post + b"Content-Length: -1\r\n\r\n", 411), (post + b"Content-Length: +5\r\n\r\n<xml>", 411),
+            (post + b"Content-Length: 1_0\r\n\r\n<xml></xml", 411), (post + b"Content-Length: 5, 5\r\n\r\n<xml>", 411),
+            (post + b"Content-Length: 0x5\r\n\r\n<xml>", 411), (post + b"Content-Length: \xb2\r\n\r\n<x", 411),
+            (post + b"Content-Length:\r\n\r\n", 411), (post + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 411),
             (post + b"Content-Length: 5\r\n 6\r\n\r\n<xml>", 400),
             (post + b"Content-Length: 999999999999\r\n\r\n", 413),
             (get + b"X: a\r\r\nContent-Length: 44\r\n\r\n", 400), (get + b"X: a\rTransfer-Encoding: chunked\r\n\r\n", 400),
@@ -1724,14 +1809,14 @@ class HttpTest(ClusterTest):
             (post + b"no colon\r\nContent-Length: 5\r\n\r\n<xml>", 400), (post + b"Content-Length : 5\r\n\r\n<xml>", 400),
             (post + b": no name\r\n\r\n", 400), (get + b" continued: 5\r\n\r\n", 400),
             (get + b"A: b\r\n" * 101 + b"\r\n", 431), (get + b"A: " + b"b" * 70000 + b"\r\n\r\n", 431),
-            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 414),
+            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", 431),
             (b"GET  " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET\t" + path + b" HTTP/1.1\r\n\r\n", 400),
             (b" GET " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET " + path + b"\r\n\r\n", 400), (b"GET\r\n\r\n", 400),
             (b"\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400), (b"\x00\r\n\r\n", 400),
             (b"get " + path + b" HTTP/1.1\r\n\r\n", 400), (b"GET " + path + b" HTTP/2.0\r\n\r\n", 400),
             (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400), (b"GET " + path + b" HTTP/1.1 x\r\n\r\n", 400),
             (b"GET " + path + b" ICY/1.1\r\n\r\n", 400), (b"GET " + path + b" HTTP/1.11111111\r\n\r\n", 400),
-            (b"DELETE " + path + b" HTTP/1.1\r\n\r\n", 501), (b"OPTIONS * HTTP/1.1\r\n\r\n", 501), (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 501),
+            (b"DELETE " + path + b" HTTP/1.1\r\n\r\n", 400), (b"OPTIONS * HTTP/1.1\r\n\r\n", 400), (b"CONNECT a:1 HTTP/1.1\r\n\r\n", 400),
         ] + [(b"GET /bigbluebutton/api/getMeetings?a=" + bad + b" HTTP/1.1\r\n\r\n", 400)
              for bad in (b"\x00", b"\r", b"x\rX: y", b"\x0b", b"\x1f", b"\x7f", b"\x85", b"\xa0", b"\xff", "\u00e4".encode(), b"x y", b"#b")
              ] + [(b"GET /bigbluebutton/api/" + bad + b" HTTP/1.1\r\n\r\n", 400) for bad in (b"\x00", b"\x85create", "\u00e4".encode(), b"#")]
@@ -1761,7 +1846,7 @@ class HttpTest(ClusterTest):
             self.log.truncate(0)
             self.talk(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
             self.assertTrue(until(lambda: "\n" in self.log.getvalue()))
-            self.assertRegex(self.log.getvalue().strip("\0"), r"^(-|getMeetings) '' 127.0.0.1( notFound| checksumError|) 4?2?\d+ \d{1,4} ms\n$")
+            self.assertRegex(self.log.getvalue().strip("\0"), r"^(-|getMeetings) '' 127.0.0.1 (notFound|checksumError|badRequest) (200|404|431) \d{1,4} ms\n$")
 
     def test_the_absolute_form_of_a_target_is_taken(self):
         for target in ("http://any.example.org" + self.PATH, "HTTPS://x:1" + self.PATH):
@@ -1797,7 +1882,7 @@ class HttpTest(ClusterTest):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.assertTrue(until(lambda: self.log.getvalue().count("\n") == 1), self.log.getvalue())
             self.assertIn("127.0.0.1 went away", self.log.getvalue())
-        self.assertTrue(until(lambda: not self.balancer.connections))
+        self.assertTrue(until(lambda: not self.balancer.handlers))
 
     def test_a_mistake_of_ours_is_answered_and_logged_without_its_text(self):
         with mock.patch.dict(tinyscale.CALLS, getMeetings=mock.Mock(side_effect=KeyError("a query"))):
@@ -1820,7 +1905,7 @@ CROWD = 20
 
 class CrowdTest(ClusterTest):
     servers = 1
-    limits = (("MAX_CONNECTIONS", CROWD), ("WORKERS", 4), ("MAX_PROBES", 4))
+    limits = (("MAX_CONNECTIONS", CROWD), ("MAX_ASKED", 8), ("MAX_PROBES", 4))
 
     def open(self, count, data=b""):
         connections = [socket.create_connection(("127.0.0.1", self.port), 5) for _ in range(count)]
@@ -1833,14 +1918,14 @@ class CrowdTest(ClusterTest):
         for data in (b"", b"GET /bigbl", b"GET /health HTTP/1.1\r\nX-Slow: ",
                      b"POST /bigbluebutton/api/end HTTP/1.1\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 99\r\n\r\nx"):
             mute = self.open(CROWD, data)
-            self.assertTrue(until(lambda: len(self.balancer.connections) == CROWD))
+            self.assertTrue(until(lambda: len(self.balancer.handlers) == CROWD))
             self.clock.ahead += 2
             self.assertEqual(self.http("/health").status, 200)
             closed, _, _ = select.select(mute, [], [], 5)
             self.assertEqual({connection.recv(1000) for connection in closed}, {b""})
             for connection in mute:
                 connection.close()
-            self.assertTrue(until(lambda: not self.balancer.connections))
+            self.assertTrue(until(lambda: not self.balancer.handlers))
 
     def test_who_does_not_take_its_answers_must_go_too(self):
         self.create("room")
@@ -1862,7 +1947,7 @@ class CrowdTest(ClusterTest):
             with contextlib.suppress(BlockingIOError):
                 connection.send(f"GET /bigbluebutton/api/join?{query} HTTP/1.1\r\n\r\n".encode() * 20)
             greedy.append(connection)
-        until(lambda: len(self.balancer.connections) == CROWD)
+        until(lambda: len(self.balancer.handlers) == CROWD)
         self.clock.ahead += 2
         self.assertEqual(self.http("/health").status, 200)
 
@@ -1875,7 +1960,7 @@ class CrowdTest(ClusterTest):
         arrived.wait(5)
         self.open(CROWD - 1)
         self.clock.ahead += 0.5
-        until(lambda: len(self.balancer.connections) == CROWD)
+        until(lambda: len(self.balancer.handlers) == CROWD)
         self.clock.ahead += 2
         gate.set()
         self.assertEqual(self.http("/health").status, 200)
@@ -1913,9 +1998,87 @@ class CrowdTest(ClusterTest):
         self.assertTrue(until(lambda: threading.active_count() <= before[0] + 60 and sockets() <= before[1] + 60),
                         (before, threading.active_count(), sockets()))      # pools may have filled; a leak would be thousands
         self.survey()
-        self.assertTrue(until(lambda: not self.balancer.connections))
+        self.assertTrue(until(lambda: not self.balancer.handlers))
+        self.clock.ahead += 2
+        self.survey()
         self.assertEqual((len(self.cluster.creating), self.cluster.probes, set(self.cluster.meetings)),
                          (0, {}, {"room", self.fakes[0].meetings["room"].internal_id}))
+
+
+# ---- watching --------------------------------------------------------------------------------------------------------
+
+class WatchingTest(ClusterTest):
+    settings = (("TINYSCALE_STATUS_PASSWORD", "s3same"),)
+
+    def login(self, password="s3same", user="admin"):
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+    def test_only_the_password_opens_status_and_metrics(self):
+        for path in ("/status", "/metrics"):
+            for headers in ({}, self.login("wrong"), self.login(""), {"Authorization": "Basic x"}, {"Authorization": "Basic \xff"},
+                            {"Authorization": self.login()["Authorization"][6:]}):
+                answer = self.http(path, headers=headers)
+                self.assertEqual((answer.status, answer.headers["WWW-Authenticate"][:6]), (401, "Basic "))
+            self.assertEqual(self.http(path, headers=self.login()).status, 200)
+        self.assertEqual(self.http("/health").status, 200)
+        self.settings = (("TINYSCALE_STATUS_PASSWORD", " "),)
+        self.load()
+        for password in ("", " "):
+            self.assertEqual(self.http("/status", headers=self.login(password)).status, 404)
+
+    def test_the_status_page(self):
+        markup = "<script>alert('&')</script>"
+        self.fakes[0].put(markup, people=3)
+        self.fakes[0].put("zoo")
+        self.fakes[1].put("room", people=7)
+        self.load([dict(entry, cordoned=number == 1) for number, entry in enumerate(self.entries())])
+        self.fakes[2].down()
+        self.survey()
+        self.create("new")
+        self.clock.ahead += 120
+        answer = self.http("/status", headers=self.login())
+        page = answer.body.decode()
+        self.assertEqual((answer.headers["Content-Type"], answer.headers["Refresh"], answer.headers["Cache-Control"]),
+                         ("text/html;charset=utf-8", "10", "no-store"))
+        policy = re.fullmatch("default-src 'none'; style-src '(sha256-.*)'", answer.headers["Content-Security-Policy"])
+        style = re.search("<style>(.*)</style>", page, re.DOTALL)
+        self.assertEqual(policy[1], "sha256-" + base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode())
+        self.assertIn("<h1>2 of 3 servers up, 4 meetings</h1>", page)
+        self.assertNotIn("<script", page)
+        for wrong in (" style=", "src=", "href=", "@import", "url("):
+            self.assertNotIn(wrong, page)
+        first, second, third, meetings = re.findall("<tr.*?(?=<tr|<h2|$)", page.partition("<h2>")[0], re.DOTALL) + [page.partition("<h2>")[2]]
+        self.assertIn(f'<tr class="up"><th>{self.fakes[0].url}<td>up<td>2 meetings<meter max="7" value="2"></meter>'
+                      '<td>4 people<meter max="7" value="4"></meter>', first)
+        self.assertTrue(first.endswith(" ms<td>1 placed"), first)
+        self.assertIn('class="cord"><th>' + self.fakes[1].url + "<td>cordoned<td>1 meetings", second)
+        self.assertIn(f'class="down"><th>{self.fakes[2].url}<td>down for 2 min: no connection: ', third)
+        self.assertIn(f"<tr><th>{html.escape(markup)}<td>{self.fakes[0].url}<td>3 people", meetings)
+        self.assertEqual(re.findall("<th>([a-z]+)<", meetings), ["new", "room", "zoo"])
+
+    def test_the_metrics(self):
+        self.fakes[0].put("room", people=5)
+        self.survey()
+        self.fakes[2].down()
+        for query in ("meetingID=room", "meetingID=room", "meetingID=none"):
+            self.get("getMeetingInfo", query)
+        self.get("create", "meetingID=room", "wrong secret")
+        self.get("paintTheWalls", "")
+        self.get("join", "meetingID=room&fullName=X")
+        self.create("another")
+        text = self.http("/metrics", headers=self.login()).body.decode()
+        values = dict(re.findall("^(tinyscale[^ ]*) ([-+.e0-9]+)$", text, re.MULTILINE))
+        for call, outcome, count in (("getMeetingInfo", "success", 2), ("getMeetingInfo", "failed", 1), ("create", "checksumError", 1),
+                                     ("other", "failed", 1), ("join", "success", 1), ("create", "success", 1)):
+            labels = f'{{call="{call}",outcome="{outcome}"}}'
+            self.assertEqual(values["tinyscale_call_seconds_count" + labels], str(count), labels)
+            self.assertGreater(float(values["tinyscale_call_seconds_sum" + labels]), 0)
+        for name, number, value in (("up", 0, "1"), ("up", 2, "0"), ("meetings", 0, "1"), ("participants", 0, "5")):
+            self.assertEqual(values[f'tinyscale_server_{name}{{server="{self.fakes[number].url}"}}'], value, name)
+        families = re.findall("^# TYPE ([a-z_]+) (?:gauge|counter|summary)$", text, re.MULTILINE)
+        self.assertEqual(families, re.findall("^# HELP ([a-z_]+) [A-Z].*[.]$", text, re.MULTILINE))
+        self.assertTrue(all(any(name.startswith(family) for family in families) for name in values))
+        self.assertNotIn("room", text)
 
 
 # ---- settings and the process ----------------------------------------------------------------------------------------
@@ -2005,11 +2168,27 @@ class DocumentationTest(unittest.TestCase):
             self.assertNotIn("-packages", spec.origin or "", name)
 
     def test_every_setting_key_and_call_is_in_the_readme(self):
-        names = re.findall(r"TINYSCALE_[A-Z]+(?:_FILE)?|--[a-z]+", self.texts["tinyscale.py"])
-        names += [f'`"{name}"`' for name in tinyscale.FIELDS] + [f"`{name}`" for name in tinyscale.CALLS] + ["PORT"]
+        names = re.findall(r"TINYSCALE_[A-Z]+(?:_FILE|_PASSWORD)?\b", self.texts["tinyscale.py"]) + ["PORT", "--port", "--bind", "--servers"]
+        self.assertEqual(len(set(names)), 11)
+        names += [f'`"{name}"`' for name in tinyscale.RULES] + [f"`{name}`" for name in (*tinyscale.CALLS, *tinyscale.PAGES)]
         for name in set(names):
-            self.assertIn(name.replace("--secret", "bbb-conf --secret"), self.texts["README.md"])
+            self.assertIn(name, self.texts["README.md"])
         self.assertLessEqual(self.texts["README.md"].count("\n"), 250)
+
+    def test_the_readme_has_no_setting_key_or_call_that_is_none(self):
+        settings, calls = (re.search(rf"## {title}\n(.*?)\n## ", self.texts["README.md"], re.DOTALL)[1] for title in ("Settings", "Calls"))
+        for name in re.findall(r"`([A-Z_]{4,})`", "".join(line for line in settings.splitlines() if line.startswith("| `"))):
+            self.assertIn(name, self.texts["tinyscale.py"])
+        self.assertEqual(set(re.findall(r'^\| `"([a-z]+)"` \|', settings, re.MULTILINE)), set(tinyscale.RULES))
+        rows = "".join(line.split("|")[1] for line in calls.splitlines() if line.startswith("| "))
+        known = {*tinyscale.CALLS, *tinyscale.PAGES, "meetingID", "/bigbluebutton/api"}
+        self.assertEqual(set(re.findall("`([a-zA-Z/]+)`", rows)), known)
+
+    def test_help_has_every_setting(self):
+        output = subprocess.check_output([sys.executable, PROGRAM, "--help"], universal_newlines=True, env={"COLUMNS": "100"})
+        for name in set(re.findall(r"TINYSCALE_[A-Z]+(?:_FILE|_PASSWORD)?\b", self.texts["tinyscale.py"])) | {"PORT", "3005", "servers.json"}:
+            self.assertIn(name, output)
+        self.assertLessEqual(output.count("\n"), 40)
 
 
 class ProcessTest(unittest.TestCase):
@@ -2059,7 +2238,7 @@ class ProcessTest(unittest.TestCase):
 
     def test_mistakes_end_in_one_line_and_status_2(self):
         mistakes = (({"TINYSCALE_SECRET": ""}, "TINYSCALE_SECRET"), ({"TINYSCALE_SECRET": " "}, "TINYSCALE_SECRET"),
-                    ({"PORT": "x"}, "PORT 'x'"), ({"PORT": "65536"}, "65536"), ({"PORT": "-1"}, "-1"),
+                    ({"PORT": "x"}, "PORT x"), ({"PORT": "65536"}, "65536"), ({"PORT": "-1"}, "-1"),
                     ({"TINYSCALE_SERVERS": "none.json"}, "none.json"), ({"TINYSCALE_CERT": "no.pem"}, "no.pem"),
                     ({"TINYSCALE_KEY": "no.pem"}, "TINYSCALE_CERT"))
         processes = [self.run_it(**env) for env, _ in mistakes]
@@ -2182,22 +2361,95 @@ class ProcessTest(unittest.TestCase):
 
     def test_sighup_reads_the_servers_again(self):
         process, port = self.started()
-        for text, words in (("[{", "The servers stay as they were"), (None, "was read again: 2 servers")):
+        for text, words in (("[{", "The settings stay as they were"), (None, "were read again: 2 servers")):
             self.write_servers(text)
             process.send_signal(signal.SIGHUP)
-            self.assertIn(words, next(line for line in process.stderr if "servers" in line))
+            self.assertIn(words, next(line for line in process.stderr if "settings" in line))
         self.assertEqual(self.get(port, "create", "meetingID=room").returncode, "SUCCESS")
 
-    def test_check_prints_each_server_and_fails_if_one_is_unusable(self):
-        process = self.run_it("check", TINYSCALE_SECRET="")
-        output, _ = process.communicate(timeout=20)
-        self.assertEqual((process.returncode, output.count("up, 0 meetings")), (0, 2))
+    def test_check_tells_all_about_each_server(self):
+        certificate, tls = self.certificate()
+        secure = FakeBBB("bbb3", tls=tls)
+        self.addCleanup(secure.down)
+        secure.put("room", people=7)
+        for number, digest in enumerate(("sha1", "sha512")):
+            def accept_one(handler, digest=digest):
+                given = dict(parse_qsl(handler.path.partition("?")[2]))["checksum"]
+                return proper(handler) if DIGESTS[len(given)] == digest else failed("checksumError")
+            self.fakes[number].faults["*"] = accept_one
+        self.write_servers(json.dumps([{"host": fake.url, "secret": fake.secret, "checksum": digest, "cordoned": digest == "sha1"}
+                                       for fake, digest in zip([*self.fakes, secure], ("sha1", "sha512", "sha384"))]))
+        process = self.run_it("check", TINYSCALE_SECRET="", SSL_CERT_FILE=certificate, PYTHONWARNINGS="")
+        output, errors = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, errors), (0, ""), output)
+        *rows, last = output.splitlines()
+        self.assertEqual(last, "All is well.")
+        for row, fake, shown in zip(rows, [*self.fakes, secure], (
+                r"cordoned +\d+ ms, BBB 3.0.4 +sha1 +certificate +-, +0 meetings, +0 people",
+                r"up +\d+ ms, BBB 3.0.4 +sha512 +certificate +-, +0 meetings, +0 people",
+                r"up +\d+ ms, BBB 3.0.4 +sha1 sha256 sha384 sha512 +certificate 3\d{4} d, +1 meetings, +7 people")):
+            self.assertRegex(row, f"^{fake.url} +{shown}$")
+
+    def test_check_fails_if_a_server_is_unusable_and_tells_a_wrong_secret_from_an_unreachable_server(self):
         self.fakes[0].secret = "another"
-        self.fakes[1].put("room")
+        self.fakes[1].down()
         process = self.run_it("check")
         output, _ = process.communicate(timeout=20)
         self.assertEqual(process.returncode, 1)
-        self.assertRegex(output, f"{self.fakes[0].url} +UNUSABLE: it refuses our checksum.*\n{self.fakes[1].url} +up, 1 meetings")
+        self.assertRegex(output, f"{self.fakes[0].url} +UNUSABLE: it refuses our checksum.*\n{self.fakes[1].url} +UNUSABLE: no connection: .*\n"
+                                 "Mend 2 of 2, or take them out of servers.json.\n$")
+        self.assertNotIn("\033", output)
+
+    def certificate(self):
+        """The path of a PEM file, and a fake's TLS with it."""
+        path = os.path.join(self.folder, "tls.pem")
+        with open(path, "w") as file:
+            file.write(KEY + CERTIFICATE)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(path)
+        return path, tls
+
+    def test_it_serves_https_itself_and_takes_up_a_new_certificate(self):
+        certificate, _ = self.certificate()
+        process, port = self.started(TINYSCALE_CERT=certificate)
+        trust = ssl.create_default_context(cafile=certificate)
+        mute = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(20)]       # none stops the others
+        for connection in mute:
+            self.addCleanup(connection.close)
+
+        def version(context):
+            with contextlib.closing(http.client.HTTPSConnection("localhost", port, timeout=5, context=context)) as connection:
+                connection.request("GET", "/bigbluebutton/api")
+                return Answer(connection.getresponse()).version
+        self.assertEqual(version(trust), "2.0")
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode, old.maximum_version = False, ssl.CERT_NONE, ssl.TLSVersion.TLSv1_1
+        with self.assertRaises(OSError):
+            version(old)
+        self.assertIn("listens on port", self.lines[-1])
+        with open(certificate, "a") as file:
+            file.write("# the same, written again\n")
+        os.utime(certificate, (1, 1))
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("were read again", next(line for line in process.stderr if "settings" in line))
+        self.assertEqual(version(trust), "2.0")
+        with open(certificate, "w") as file:
+            file.write(CERTIFICATE)
+        process.send_signal(signal.SIGHUP)
+        self.assertIn("They must be PEM files that fit together. The settings stay", next(line for line in process.stderr if "settings" in line))
+        self.assertEqual(version(trust), "2.0")
+
+    def test_new_secrets_in_the_file_count_after_a_sighup(self):
+        path = os.path.join(self.folder, "secrets")
+        with open(path, "w") as file:
+            file.write("old\n")
+        process, port = self.started(TINYSCALE_SECRET="", TINYSCALE_SECRET_FILE=path)
+        self.assertEqual(self.get(port, "getMeetings").messageKey, "checksumError")
+        with open(path, "w") as file:
+            file.write(f"old\n{SECRET}\n")
+        process.send_signal(signal.SIGHUP)
+        next(line for line in process.stderr if "were read again" in line)
+        self.assertEqual(self.get(port, "getMeetings").returncode, "SUCCESS")
 
     def test_url_prints_a_url_that_works(self):
         _, port = self.started()
@@ -2249,51 +2501,153 @@ class SecretsTest(ClusterTest):
         self.assertNotIn(b"checksum=", told)
 
 
-# ---- the demo --------------------------------------------------------------------------------------------------------
+# ---- the demo and the benchmark --------------------------------------------------------------------------------------
 
-def demo(port):
-    """tinyscale in front of three fake servers, until Ctrl-C."""
-    fakes = [FakeBBB(f"server {number}", uuid.uuid4().hex) for number in (1, 2, 3)]
+@contextlib.contextmanager
+def running(fakes, port, **env):
+    """tinyscale in a process of its own, in front of these fakes, once it serves. Yields the process and its secret."""
     secret = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "servers.json")
         with open(path, "w") as file:
             json.dump([{"host": fake.url, "secret": fake.secret} for fake in fakes], file)
         os.chmod(path, 0o600)
-        process = subprocess.Popen([sys.executable, PROGRAM, "--servers", path, "--port", str(port),
-                                    "--bind", "127.0.0.1"], env={**os.environ, "TINYSCALE_SECRET": secret},
-                                   start_new_session=True)         # a Ctrl-C reaches it once, through us
-        try:
-            url = f"http://127.0.0.1:{port}/bigbluebutton/api"
+        process = subprocess.Popen([sys.executable, PROGRAM, "--servers", path, "--port", str(port), "--bind", "127.0.0.1"],
+                                   env={**os.environ, "TINYSCALE_SECRET": secret, **env},
+                                   start_new_session=True,          # a Ctrl-C reaches it once, through us
+                                   stderr=subprocess.DEVNULL if "BENCH" in env else None)
 
-            def ready():
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
-                    connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-                    return connection.recv(1000)
-                return process.poll() is not None
+        def ready():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
+                connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                return connection.recv(1000)
+            return process.poll() is not None
+        try:
             until(ready, 10)
-            if process.poll() is None:
-                print(f"\ntinyscale stands in front of three fake servers.\n  URL:    {url}\n  secret: {secret}\n\n"
-                      "Create a meeting, join it, and see what runs (each link may be repeated; a new meetingID wants a new checksum):")
-                for call, query in (("create", "name=Demo&meetingID=demo&attendeePW=ap&moderatorPW=mp"),
-                                    ("join", "fullName=Ada&meetingID=demo&password=mp"), ("getMeetings", "")):
-                    print(f"  {url}/{call}?{signed(call, query, secret, 'sha256')}")
-                print("\nCtrl-C ends it.\n", flush=True)
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            return process.wait()
+            yield process, secret
         finally:
-            for fake in fakes:
-                fake.down()
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait()
+
+
+def demo(port):
+    """tinyscale in front of three fake servers, until Ctrl-C."""
+    fakes = [FakeBBB(f"server {number}", uuid.uuid4().hex) for number in (1, 2, 3)]
+    password = uuid.uuid4().hex[:8]
+    with contextlib.suppress(KeyboardInterrupt), running(fakes, port, TINYSCALE_STATUS_PASSWORD=password) as (process, secret):
+        if process.poll() is None:
+            url = f"http://127.0.0.1:{port}/bigbluebutton/api"
+            print(f"\ntinyscale stands in front of three fake servers.\n  URL:    {url}\n  secret: {secret}\n"
+                  f"  status: http://127.0.0.1:{port}/status, user admin, password {password}\n\n"
+                  "Create a meeting, join it, and see what runs (each link may be repeated; a new meetingID wants a new checksum):")
+            for call, query in (("create", "name=Demo&meetingID=demo&attendeePW=ap&moderatorPW=mp"),
+                                ("join", "fullName=Ada&meetingID=demo&password=mp"), ("getMeetings", "")):
+                print(f"  {url}/{call}?{signed(call, query, secret, 'sha256')}")
+            print("\nCtrl-C ends it.\n", flush=True)
+        process.wait()
+    for fake in fakes:
+        fake.down()
+    return process.returncode
+
+
+BARE = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize = "HTTP/1.1", -1
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+    def log_message(self, *args): pass
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size, daemon_threads = 1000, True
+Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+FAKES = """
+import sys, threading, test_tinyscale as test
+for number in range(4):
+    fake = test.FakeBBB(f"bbb{number}", "its-own-secret")
+    for meeting in range(int(sys.argv[1])):
+        fake.put(f"room{number}-{meeting}")
+    print(fake.port, flush=True)
+threading.Event().wait()
+"""
+
+
+def measure(port, paths, kept, clients, seconds):
+    """Call these paths for some seconds; return calls per second, and the median and 95th percentile in ms."""
+    times, end = [], time.perf_counter() + seconds
+    paths = iter(paths)
+    lock = threading.Lock()
+
+    def client():
+        connection = None
+        while time.perf_counter() < end:
+            with lock:
+                path = next(paths)
+            started = time.perf_counter()
+            connection = connection or socket.create_connection(("127.0.0.1", port), 10)
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            missing = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) - len(body)
+            while missing > 0:
+                missing -= len(connection.recv(65536))
+            times.append(1000 * (time.perf_counter() - started))
+            assert b" 200 " in head or b" 302 " in head, head
+            if not kept:
+                connection.close()
+                connection = None
+        if connection:
+            connection.close()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    times.sort()
+    return len(times) / seconds, times[len(times) // 2], times[len(times) * 95 // 100]
+
+
+def bench(port, seconds=2.0):
+    """Calls per second and latency of tinyscale beside a bare ThreadingHTTPServer's, in front of four fakes of our own."""
+    def calls(call, query, secret):
+        for number in range(10**9):
+            yield f"/bigbluebutton/api/{call}?{signed(call, query.format(number, room=f'room{number % 4}-{number % 25}'), secret)}"
+
+    def start(code, *arguments):
+        return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=HERE, stdout=subprocess.PIPE)
+    processes = [start(BARE, port + 1), start(FAKES, 25)]
+    try:
+        fakes = [argparse.Namespace(url=f"http://127.0.0.1:{int(processes[1].stdout.readline())}", secret="its-own-secret")
+                 for _ in range(4)]
+        with running(fakes, port, BENCH="1") as (_, secret):
+            print(f"{'':38}{'calls/s':>8}{'median':>10}{'95 %':>10}{'of bare':>9}")
+            bare = {}
+            for name, kept in (("new connections", False), ("kept connections", True)):
+                bare[kept] = measure(port + 1, iter(lambda: "/", None), kept, 20, seconds)
+                print("{:38}{:8.0f}{:7.1f} ms{:7.1f} ms".format(f"bare ThreadingHTTPServer, {name}", *bare[kept]))
+            for call, query in (("join", "fullName=User+{0}&meetingID={room}&password=ap"), ("isMeetingRunning", "meetingID={room}"),
+                                ("getMeetingInfo", "meetingID={room}"), ("getMeetings", ""), ("create", "name=New&meetingID=new-{0}")):
+                for name, kept in (("new", False), ("kept", True)):
+                    result = measure(port, calls(call, query, secret), kept, 20, seconds)
+                    print("{:38}{:8.0f}{:7.1f} ms{:7.1f} ms{:9.2f}".format(f"{call}, {name} connections", *result,
+                                                                            result[0] / bare[kept][0]), flush=True)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate()
+    return 0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?")
+    parser.add_argument("command", choices=("demo", "bench"))
     parser.add_argument("--port", type=int, default=3005)
-    if sys.argv[1:2] == ["demo"]:
-        return demo(parser.parse_args().port)
+    if sys.argv[1:2] in (["demo"], ["bench"]):
+        options = parser.parse_args()
+        return {"demo": demo, "bench": bench}[options.command](options.port)
     return unittest.main()
 
 

@@ -3,73 +3,72 @@
 
     TINYSCALE_SECRET=... python3 tinyscale.py            serve port 3005, in front of ./servers.json
 
-It verifies the checksum of each API call, finds the server that runs the meeting, signs the call again with that server's
-secret and relays the answer. A meeting that exists nowhere is created on the next server of the list, in turn.
+It verifies the checksum of each API call, finds the server that runs the meeting, signs the call again with that
+server's secret and relays the answer. A meeting that exists nowhere is created on the next server of the list, in turn.
 The way of a call, from top to bottom and never back up:
-
     accept()             LoadBalancer       a thread for each connection
-      parse_request()    Handler            refuses what is not plain HTTP
+      read_head()        Handler            refuses what is not plain HTTP
       read_call()        Handler, verify    the checksum first, only then the body (a form is the query)
         CALLS[call]      create, relay ...  which server, or all of them
           find, in_turn  Cluster            who has the meeting, who gets it
             call()       Server             signed again; a failure marks the server down
       respond()          Handler            the answer, and a line in the log
-In memory is where each meeting was last seen, and which servers are down: hints, renewed by asking the servers every ten
-seconds. It holds your servers' secrets: read it before you run it, first verify, Handler.body, Server.call, load_servers.
+
+In memory is where each meeting was last seen, and which servers are down: hints, renewed by asking the servers every
+ten seconds. It holds your servers' secrets: read it before you run it, first verify, who may call; Handler.body, what
+strangers may send; Server.call, what servers are sent, and may answer; load_servers, what is taken for a server.
 """
 from __future__ import annotations
 
 # isort: off
-import argparse, collections, contextlib, hashlib, hmac, http.client, http.server, io, json, logging, os, re, resource, signal
-import socket, socketserver, ssl, sys, threading, time, traceback, urllib.error, urllib.request, uuid, weakref
-import xml.etree.ElementTree as ET
+import argparse, base64, collections, contextlib, email.utils, hashlib, hmac, html, http.client, http.server, json
+import logging, os, re, resource, signal, socket, socketserver, ssl, sys, threading, time, traceback, urllib.error
+import urllib.request, weakref, xml.etree.ElementTree as ET
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote_plus, unquote_plus, urlsplit
-__version__ = "1.0"
+__version__ = "1.1"
 log = logging.getLogger("tinyscale")
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
-CONNECT_TIMEOUT = 3                 # seconds to reach a server, its TLS handshake included
-ANSWER_TIMEOUT, WORK_TIMEOUT = 10, 60       # seconds a server may be silent; the same for a create and calls with a body
-PATIENCE = 3                        # seconds for which a question to several servers waits for the slowest
+CONNECT_TIMEOUT, PATIENCE = 3, 3    # seconds to reach a server, TLS included; to answer what several are asked at once
+ANSWER_TIMEOUT, WORK_TIMEOUT = 10, 60       # seconds for an answer to other calls; to a create, or a call with a body
 SURVEY_INTERVAL, FRESH = 10, 30     # seconds between surveys of all servers; how long memory is believed: two may fail
-HOLD, RETRY_AFTER = 30, 5           # seconds for which a server that is down keeps its meetings; until a browser tries again
-IDLE_TIMEOUT, LINGER = 75, 2        # seconds of a client's silence (nginx gives up after 60); to let it finish if refused
-DRAIN_TIMEOUT, MAX_CONNECTIONS = 10, 1000       # seconds that a stop waits for calls in progress; clients, a thread each
-MAX_POOL, MAX_IDLE = 32, 30         # connections kept open to a server, seconds each waits for a call (nginx closes after 75)
-MAX_PROBES, WORKERS = 64, 16        # meetings searched for at once; threads for what a server is asked among several
-MAX_QUERY, MAX_BODY = 2**16, 100 * 2**20    # bytes of a query (in a form too) or of headers, and of slides
+ABSENT = 1                          # seconds for which it is believed that no server has a meeting: clients poll for it
+HOLD, RETRY_AFTER = 30, 5           # seconds for which a server that is down keeps its meetings; until browsers retry
+IDLE_TIMEOUT, LINGER = 75, 2        # seconds of a client's silence (nginx's is 60); for a refused one to end sending
+DRAIN_TIMEOUT = 10                  # seconds that a stop waits for calls in progress
+MAX_CONNECTIONS, BACKLOG = 1000, 1024       # clients, a thread each; those that wait to be accepted when school begins
+MAX_POOL, MAX_IDLE = 32, 30         # connections kept to a server; seconds each waits for a call (nginx waits 75)
+MAX_PROBES, MAX_ASKED = 64, 1000    # meetings searched for at once; calls put to several servers at once, a thread each
+MAX_HEAD, MAX_BODY = 2**16, 100 * 2**20     # bytes of a request's head, or of a form; of slides
 MAX_ANSWER = 64 * 2**20             # bytes of a server's answer: some 20,000 recordings
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
-XML = "text/xml;charset=utf-8"          # without the charset Python clients read it as Latin-1
 NOTHING = ET.Element("nothing")         # in place of an answer that is no XML of BBB
 READS = {"getMeetings", "getMeetingInfo", "isMeetingRunning", "getRecordings"}      # change nothing: may be repeated
-JSON_CALLS = {"getRecordingTextTracks", "putRecordingTextTrack"}
-
+PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))    # to translate, for XML
 @dataclass
 class Request:
     """A call; one of a client's only after its checksum was right."""
     call: str                           # what follows /bigbluebutton/api/
-    query: str = ""                     # raw, without its checksum
+    query: str = ""                     # raw, without its checksum: it goes on byte for byte
     params: dict[str, str] = field(default_factory=dict)        # the same, decoded
-    method: str = "GET"
-    body: bytes = b""                   # slides or a file, which the checksum does not cover
+    body: bytes = b""                   # slides or a file, which the checksum does not cover; makes the call a POST
     content_type: str = ""
-    browser: bool = False               # a person waits for the answer, not a program
+    language: str = ""                  # of the person who waits for the answer; "" for a program
+    timeout: float = 0                  # seconds for the server's answer; else it depends on the call
     chosen: str = ""                    # for the log: which server, and why
     def __post_init__(self) -> None:
         self.meeting_id = self.params.get("meetingID", "")
-        ids = unquote_plus(self.params.get("recordID", "")).split(",")      # decoded twice, as in BBB's RecordingController
-        self.record_ids = {text.strip() for text in ids} - {""}
+        ids = unquote_plus(self.params["recordID"]).split(",") if "recordID" in self.params else []     # decoded twice,
+        self.record_ids = {text.strip() for text in ids} - {""}                                         # as BBB does
 class Response(NamedTuple):
     """An answer, a server's or our own."""
     status: int
     body: bytes
-    content_type: str = XML
-    headers: Sequence[tuple[str, str]] = ()
+    headers: Sequence[tuple[str, str]] = (("Content-Type", "text/xml;charset=utf-8"),)      # else some read Latin-1
     xml: ET.Element = NOTHING           # the <response> of a server's answer, if it is one
     @property
     def success(self) -> bool:
@@ -79,64 +78,67 @@ class ApiError(Exception):
     def __init__(self, key: str, message: str, status: int = 200) -> None:
         super().__init__(key)
         self.key, self.message, self.status = key, message, status
-    def response(self, call: str = "") -> Response:
-        """The answer, in the format of the call."""
-        fields = {"returncode": "FAILED", "messageKey": self.key, "message": self.message}
-        if call in JSON_CALLS:
-            return Response(self.status, json.dumps({"response": fields}).encode(), "application/json;charset=utf-8")
-        inner = "".join(f"<{name}>{text}</{name}>" for name, text in fields.items())      # our own words: nothing to escape
-        return Response(self.status, f"<response>{inner}</response>".encode())
+    def response(self) -> Response:
+        """In BBB's shape. The words are our own: there is nothing to escape."""
+        return Response(self.status, f"<response><returncode>FAILED</returncode><messageKey>{self.key}</messageKey>"
+                        f"<message>{self.message}</message></response>".encode())
 class Unavailable(ApiError):
-    """No usable answer from this server, or from any. `acted`: it may have carried out the call all the same."""
-    def __init__(self, server: Server | None = None, acted: bool = False) -> None:
+    """No usable answer from a server, or from any. `acted`: it may have carried out the call all the same."""
+    def __init__(self, acted: bool = False) -> None:
         super().__init__("serverUnavailable", "The server cannot be reached now. Please try again in a minute.")
-        self.server, self.acted = server, acted
-def parse(body: bytes) -> ET.Element:
-    """The <response> that a body consists of; NOTHING if it is anything else."""
-    with contextlib.suppress(ET.ParseError, LookupError, ValueError):   # not well-formed, or in an unknown encoding
-        root = ET.fromstring(re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b" ", body))     # a control character in a name must not hide the rest
-        level = [root]
-        for _ in range(50):             # BBB's are ten deep, and thousands end in a RecursionError when they are written
-            level = [child for element in level for child in element]
-        return root if root.tag == "response" and not level else NOTHING
-    return NOTHING
+        self.acted = acted
+RETRY_TEXTS = {     # by language: title and text of the page
+    "en": ("One moment, please", "The server of this room cannot be reached right now. This page tries again itself."),
+    "de": ("Einen Moment bitte", "Der Server dieses Raums ist gerade nicht erreichbar. Die Seite versucht es weiter.")}
+STYLE = """body{font:1em/1.5 sans-serif;margin:2em;color-scheme:light dark}table{border-collapse:collapse}
+.down{color:red}td,th{padding:.4em 1em .4em 0;border-top:1px solid #8886;text-align:left;overflow-wrap:anywhere}
+@media(max-width:50em){tr{border-top:1px solid #8886}td,th{display:block;border:0;padding:0}}"""
+def page(language: str, title: str, body: str, seconds: int, status: int = 200) -> Response:
+    """A page of HTML that is loaded again after so many seconds, and loads nothing else."""
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    text = (f'<!DOCTYPE html><html lang="{language}"><meta charset="utf-8"><meta name="viewport" content="width='
+            f'device-width"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{body}')
+    return Response(status, text.encode(), [
+        ("Content-Type", "text/html;charset=utf-8"), ("Refresh", str(seconds)), ("Retry-After", str(seconds)),
+        ("Cache-Control", "no-store"), ("Content-Security-Policy", f"default-src 'none'; style-src 'sha256-{digest}'")])
+VERSION = Response(200, b"<response><returncode>SUCCESS</returncode><version>2.0</version>"
+                        b"<apiVersion>2.0</apiVersion></response>")
+LISTS = {   # call -> its list, an item, what identifies it, what tells the newest, BBB's words (and typo) without items
+    "getMeetings": ("meetings", "meeting", "meetingID", "createTime", (
+        "<meetings/><messageKey>noMeetings</messageKey><message>no meetings were found on this server</message>")),
+    "getSessions": ("sessions", "meeting", "", "none", (
+        "<sessions/><messageKey>noSessions</messageKey><message>no sessions were found on this serverr</message>")),
+    "getRecordings": ("recordings", "recording", "recordID", "startTime", ("<recordings></recordings>"
+        "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
+    "hooks/list": ("hooks", "hook", "callbackURL", "none", "<hooks></hooks>")}
+def parse(response: Response) -> Response:
+    """The response with its xml, if it is sound, which is how BBB writes it: UTF-8, no DTD, no attributes."""
+    body = response.body.translate(PRINTABLE)
+    with contextlib.suppress(ET.ParseError, ValueError):
+        if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml [^>]*>\s*)?<response>", body):
+            return response._replace(xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
+    return response
 def number(text: str | None) -> int:
     """A number in BBB's XML or parameters; -1 if the text is none."""
     return int(text) if text and re.fullmatch("[+]?[0-9]{1,18}", text) else -1
-VERSION = Response(200, b"<response><returncode>SUCCESS</returncode><version>2.0</version><apiVersion>2.0</apiVersion></response>")
-RETRY_PAGE = Response(503, f"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>One moment</title>
-<meta http-equiv="refresh" content="{RETRY_AFTER}"><meta name="viewport" content="width=device-width">
-<body style="font: 1.2em/1.5 sans-serif; margin: 10vh 10vw; color-scheme: light dark"><h1>One moment, please</h1>
-<p>The server of this room cannot be reached right now. This page tries again by itself: just leave it open.""".encode(),
-                      "text/html;charset=utf-8", [("Retry-After", str(RETRY_AFTER)), ("Cache-Control", "no-store")])
-LISTS = {   # call -> path of an item, what identifies it, what tells the newest; and BBB's words (and typo) for an empty list
-    "getMeetings": ("meetings/meeting", "meetingID", "createTime", (
-        "<meetings/><messageKey>noMeetings</messageKey><message>no meetings were found on this server</message>")),
-    "getSessions": ("sessions/meeting", "", "none", (
-        "<sessions/><messageKey>noSessions</messageKey><message>no sessions were found on this serverr</message>")),
-    "getRecordings": ("recordings/recording", "recordID", "startTime", ("<recordings></recordings>"
-        "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
-    "hooks/list": ("hooks/hook", "callbackURL", "none", "<hooks></hooks>"),
-}
 def merge(call: str, answers: Iterable[Response]) -> list[ET.Element]:
     """The items of several answers to a call of LISTS, the newest first; of those with one identity only the newest."""
-    path, identity, newest, _ = LISTS[call]
-    items = (item for answer in answers for item in answer.xml.iterfind(path))
+    name, tag, identity, newest, _ = LISTS[call]
+    items = [item for answer in answers for item in answer.xml.iterfind(f"{name}/{tag}")]
     merged: dict[Any, ET.Element] = {}
     for item in sorted(items, key=lambda item: number(item.findtext(newest)), reverse=True):
         merged.setdefault(item.findtext(identity) if identity else item, item)
     return list(merged.values())
-def listing(call: str, items: Sequence[ET.Element], pagination: str = "") -> Response:
+def listing(call: str, inner: bytes, pagination: str = "") -> Response:
     """BBB's answer to a call of LISTS that has these items."""
-    path, _, _, empty = LISTS[call]
-    name, inner = path.split("/")[0], "".join(ET.tostring(item, encoding="unicode") for item in items)
-    inner = f"<{name}>{inner}</{name}>" if items else empty
-    return Response(200, f"<response><returncode>SUCCESS</returncode>{inner}{pagination}</response>".encode())
+    name, *_, empty = LISTS[call]
+    inner = b"<%b>%b</%b>" % (name.encode(), inner, name.encode()) if inner else empty.encode()
+    return Response(200, b"<response><returncode>SUCCESS</returncode>%b%b</response>" % (inner, pagination.encode()))
 
 # ---- checksums -------------------------------------------------------------------------------------------------------
 DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}       # by the length in hex, as BBB tells them apart
 def checksum(call: str, query: str, secret: str, digest: str) -> str:
-    """The hex checksum of a call: over its name, its raw query without the checksum, and the secret (BBB's API docs)."""
+    """The hex checksum over a call's name, its raw query without the checksum, and the secret (BBB's API docs)."""
     return hashlib.new(digest, (call + query + secret).encode()).hexdigest()
 def sign(call: str, query: str, secret: str, digest: str = "sha256") -> str:
     return f"{query}{query and '&'}checksum={checksum(call, query, secret, digest)}"
@@ -144,20 +146,18 @@ def without(query: str, *names: str) -> str:
     """The raw query less the parameters of these names; the rest stays byte for byte, empty parts too."""
     return "&".join(part for part in query.split("&") if part.partition("=")[0] not in names)
 def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) -> tuple[str, dict[str, str]]:
-    """Check the checksum in a raw query; return the query without it, and its decoded parameters.
-    A form's query may also be signed as BBB does since 2.6.18: as if it were empty. Raises ApiError if the checksum is
-    missing, repeated or wrong, or if meetingID or recordID is repeated: BBB's calls differ in which one counts, and a
-    server must not read a call differently from us. (parse_qsl splits at ";" before Python 3.8.8; BBB does not.)"""
+    """Check the checksum in a raw query, or in a form, which may also be signed as if it were empty (BBB since 2.6.18).
+    Return the query without it, and the decoded parameters. Raises ApiError if it is missing, repeated or wrong, or if
+    meetingID or recordID is repeated: BBB's calls differ in which one counts, so a server might take the other one."""
     given = [part[len("checksum="):].lower() for part in query.split("&") if part.startswith("checksum=")]
     digest, unsigned = DIGESTS.get(len(given[0]), "") if len(given) == 1 else "", without(query, "checksum")
-    for secret in filter(str.strip, secrets if digest else ()):             # a blank secret never verifies anything
-        for text in [unsigned, ""] if form else [unsigned]:
-            if hmac.compare_digest(checksum(call, text, secret, digest).encode(), given[0].encode()):
-                parts = [part.partition("=") for part in query.split("&") if part]      # decoding is dear: not for strangers
-                pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
-                names = collections.Counter(name for name, _ in pairs)
-                if names["checksum"] == 1 and names["meetingID"] < 2 and names["recordID"] < 2:
-                    return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
+    right = [checksum(call, text, secret, digest) for text in ([unsigned, ""] if form else [unsigned])
+             for secret in secrets if digest and secret.strip()]            # a blank secret never verifies anything
+    if any(hmac.compare_digest(text.encode(), given[0].encode()) for text in right):
+        parts = [part.partition("=") for part in query.split("&") if part]  # parse_qsl may split at ";" as well
+        pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
+        if max(map([name for name, _ in pairs].count, ("checksum", "meetingID", "recordID"))) == 1:
+            return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
     raise ApiError("checksumError", "Checksums do not match")
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -177,13 +177,12 @@ def origin(url: Any) -> str:
     with contextlib.suppress(ValueError):                   # a port or an IPv6 address that is none
         return text if urlsplit(text).hostname and urlsplit(text).port != 0 else ""
     return ""
-FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+RULES: dict[str, tuple[Callable[[Any], Any], str]] = {      # key of an entry -> what tests it, what it must be
     "host": (origin, 'must look like "https://bbb1.example.org"'),
-    "secret": (lambda value: isinstance(value, str) and value.strip() and value.isprintable(), "must be what 'bbb-conf --secret' prints"),
+    "secret": (lambda text: isinstance(text, str) and text.strip() and text.isprintable(), "is in 'bbb-conf --secret'"),
     "weight": (lambda value: type(value) is int and 1 <= value <= 100, "must be a whole number from 1 to 100"),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
-    "checksum": (lambda value: value in DIGESTS.values(), 'must be "sha1", "sha256", "sha384" or "sha512"'),
-}
+    "checksum": (lambda value: value in DIGESTS.values(), f"must be one of {', '.join(DIGESTS.values())}")}
 @contextlib.contextmanager
 def mistakes(where: str, mend: str) -> Iterator[None]:
     """Turn what goes wrong with a file, or with our address, into a SettingsError."""
@@ -204,92 +203,86 @@ def load_servers(path: str) -> list[Entry]:
         host = origin(item.get("host"))
         where = f"{path}: entry {count}{host and f' ({host})'}"
         for name in dict.fromkeys(["host", "secret", *item]):
-            right, rule = FIELDS.get(name, (bool, f"is an unknown key. Known are {', '.join(FIELDS)}"))
-            if name not in FIELDS or not right(item.get(name)):
+            right, rule = RULES.get(name, (lambda _: False, f"is an unknown key. Known are {', '.join(RULES)}"))
+            if not right(item.get(name)):
                 raise SettingsError(f'{where}: {json.dumps(name)} {"" if name in item else "is missing, it "}{rule}.')
         if host in entries:
             raise SettingsError(f"{where}: an earlier entry has the same host. Take one of them out.")
         entries[host] = Entry(**{**item, "host": host, "secret": item["secret"].strip()})
     return list(entries.values())
 def load_secrets() -> list[str]:
-    """Our own secrets, from the environment: with commas between them, or one a line of a file. Raises SettingsError."""
+    """Our own secrets, from the environment and from the file that it names. Raises SettingsError."""
     text, path = os.environ.get("TINYSCALE_SECRET", ""), os.environ.get("TINYSCALE_SECRET_FILE", "")
-    secrets = text.split(",") if text else []
-    with mistakes(f"TINYSCALE_SECRET_FILE: {path}", "It must hold the secrets, one a line."), open(path or os.devnull) as file:
-        secrets += filter(str.strip, file)
+    with mistakes(f"TINYSCALE_SECRET_FILE {path}", "It must hold the secrets."), open(path or os.devnull) as file:
+        secrets = [*(text.split(",") if text else ()), *filter(str.strip, file)]
     if not secrets or not all(map(str.strip, secrets)):
-        raise SettingsError(f"TINYSCALE_SECRET: {'a secret is blank' if secrets else 'there is none'}. Set it to what the "
-                            "front ends shall use, for example to the output of: openssl rand -hex 32")
+        raise SettingsError(f"TINYSCALE_SECRET: {'a secret is blank' if secrets else 'there is none'}. Set it to what "
+                            "the front ends shall use, for example to the output of: openssl rand -hex 32")
     return [secret.strip() for secret in secrets]
 def load_tls() -> ssl.SSLContext | None:
     """The TLS of the listener, from the files that the environment names; None for plain HTTP. Raises SettingsError."""
-    cert, key = os.environ.get("TINYSCALE_CERT"), os.environ.get("TINYSCALE_KEY")
+    cert, key = os.environ.get("TINYSCALE_CERT", ""), os.environ.get("TINYSCALE_KEY")
     if not cert and not key:
         return None
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.minimum_version = ssl.TLSVersion.TLSv1_2            # the default only since Python 3.10
     with mistakes(f"TINYSCALE_CERT {cert}, TINYSCALE_KEY {key}", "They must be PEM files that fit together."):
-        tls.load_cert_chain(cert or "", key or None, lambda: "")        # a pass phrase is never asked for
+        tls.load_cert_chain(cert, key or None, lambda: "")  # a pass phrase is never asked for
     return tls
 
 # ---- one BBB server --------------------------------------------------------------------------------------------------
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Keeps connections to a server open. It may close one just as we write to it, and then nobody knows whether it saw the
-    request: so what must not be sent twice says "Connection: close", and gets a connection of its own."""
+    """Keeps connections to a server open. It may close one just as we write to it, and nobody knows then whether it saw
+    the request: so what must not be sent twice says "Connection: close", and gets a connection of its own."""
     trust = ssl.create_default_context()                    # the system's authorities, or SSL_CERT_FILE
     def __init__(self) -> None:
         super().__init__(context=self.trust)
         self.idle: collections.deque[tuple[float, http.client.HTTPConnection]] = collections.deque()
     def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> Any:
         """Return the Response. Raises URLError if there is no connection, else OSError or HTTPException."""
-        kept = None
-        with contextlib.suppress(IndexError):               # none is kept
-            while time.monotonic() - self.idle[0][0] > MAX_IDLE:
-                self.idle.popleft()[1].close()
-            kept = None if req.has_header("Connection") else self.idle.pop()[1]
-        connection = kept or http_class(req.host, timeout=CONNECT_TIMEOUT, **http_conn_args)
-        connected = kept is not None
+        while self.idle and not req.has_header("Connection"):
+            with contextlib.suppress(IndexError, ConnectionError, ssl.SSLEOFError):     # taken or closed meanwhile
+                since, connection = self.idle.pop()
+                if time.monotonic() - since < MAX_IDLE:
+                    return self.exchange(connection, req)
+                connection.close()
+        connection = http_class(req.host, timeout=CONNECT_TIMEOUT, **http_conn_args)
         try:
-            if not connected:
-                connection.connect()
-                connected = True
+            connection.connect()
+        except OSError as error:
+            raise urllib.error.URLError(str(error)) from error
+        return self.exchange(connection, req)
+    def exchange(self, connection: http.client.HTTPConnection, req: urllib.request.Request) -> Response:
+        """Send the request and read the whole answer; then keep the connection, or close it."""
+        try:
             connection.sock.settimeout(req.timeout)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have refused a body half sent
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it may have refused a body half sent
                 connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
-            answer, body, deadline = connection.getresponse(), bytearray(), time.monotonic() + (req.timeout or 0)
+            answer, body, end = connection.getresponse(), bytearray(), time.monotonic() + (req.timeout or 0)
             length = answer.length
-            while len(body) != length and len(body) <= MAX_ANSWER and (piece := answer.read1(2**16)):
-                body += piece
-                if time.monotonic() > deadline:             # it comes in drops
-                    raise socket.timeout
-            answer.close()
-            if len(body) > MAX_ANSWER or length not in (None, len(body)):       # read1 does not tell
+            while len(body) != length and not answer.isclosed() and len(body) <= MAX_ANSWER and time.monotonic() < end:
+                body += answer.read1(2**16)
+            if len(body) != length and not (length is None and answer.isclosed()):      # cut short, too long, in drops
                 raise http.client.IncompleteRead(b"")
-        except BaseException as error:
+            answer.close()
+        except BaseException:
             connection.close()                              # never kept half read
-            if not connected:
-                raise urllib.error.URLError(str(error)) from error
-            if kept and isinstance(error, (ConnectionError, ssl.SSLEOFError)):      # closed meanwhile
-                self.idle.clear()
-                return self.do_open(http_class, req, **http_conn_args)
             raise
         if connection.sock and not req.has_header("Connection") and len(self.idle) < MAX_POOL:
             self.idle.append((time.monotonic(), connection))
         else:                                               # without a sock: the server said that it closes
             connection.close()
-        headers = [(name, value) for name in ("Location", "Set-Cookie") for value in answer.headers.get_all(name, [])]
-        return Response(answer.status, bytes(body), answer.headers.get("Content-Type", ""), headers, parse(bytes(body)))
+        return Response(answer.status, bytes(body), [
+            (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for name in ("Content-Type", "Location", "Set-Cookie")
+            for value in answer.headers.get_all(name, []) if value])
 def trouble(call: str, response: Response) -> tuple[str, bool]:
-    """Why an answer says more of the server than of the call, so that no caller may see it ("" if not), and whether it is an outage."""
-    status, length = response.status, len(response.body)
-    if response.xml.findtext("messageKey") == "checksumError":
+    """Why an answer tells more of the server than of the call, so that no caller may see it; and if it is an outage."""
+    status, xml = response.status, response.xml
+    if xml.findtext("messageKey") == "checksumError":
         return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
-    if status < 200 or 300 <= status < 400 and call != "join":
-        return f"HTTP {status}: a redirect? The host in servers.json must be where it leads", True
-    gone = status in (502, 503, 504)    # nginx is there, BBB behind it is not; else it may be the trouble of one meeting
-    broken = gone or call in READS and (status >= 500 or status < 300 and response.xml is NOTHING)
-    return f"HTTP {status}, {length} bytes that are no answer of BigBlueButton" if broken else "", gone or call == "getMeetings"
-
+    gone = status in (502, 503, 504) or status < 200 or 300 <= status < 400 and call != "join"      # BBB is not there
+    broken = gone or call in READS and (status >= 500 or status < 300 and xml is NOTHING)
+    return f"HTTP {status} without an answer of BigBlueButton" if broken else "", gone or call == "getMeetings"
 class Server:
     """One BBB server: how to call it, and whether it is up. Times are time.monotonic's seconds."""
     def __init__(self, entry: Entry) -> None:
@@ -297,80 +290,73 @@ class Server:
         self.opener = urllib.request.OpenerDirector()       # build_opener's follows redirects and uses proxies
         self.opener.addheaders = [("User-Agent", f"tinyscale/{__version__}")]
         self.opener.add_handler(KeepAliveHandler())
-        self.pools = {True: futures.ThreadPoolExecutor(WORKERS), False: futures.ThreadPoolExecutor(WORKERS)}     # for questions?
-        self.lock = threading.Lock()                        # for down_since and reason
         self.down_since: float | None = time.monotonic()    # None: it is up, which it first has to show
         self.reason = "no answer yet"                       # why it is down
-        self.doubtful = False                               # it failed to answer a question, and has not answered since
-        self.answered, self.turn = 0.0, 0.0                 # when it last gave a usable answer; for Cluster.in_turn
-        self.running = 0                                    # meetings, in the last survey
+        self.answered, self.took = 0.0, 0.0                 # when it last gave a usable answer, in how many seconds
+        self.placed, self.meetings, self.people = 0, 0, 0   # new meetings it was given; what the last survey found
     def __str__(self) -> str:
         return self.entry.host
     def url_for(self, call: str, query: str) -> str:
         return f"{self}/bigbluebutton/api/{call}?{sign(call, query, self.entry.secret, self.entry.checksum)}"
     def call(self, request: Request, why: str = "") -> Response:
-        """Sign a call and return the answer. Raises Unavailable if there is no usable one; an outage marks the server down."""
+        """Sign a call and return the answer. Raises Unavailable if there is no usable one; an outage marks it down."""
         request.chosen = f"{self} ({why})"
-        call, asked, bbb = request.call, time.monotonic(), not request.call.startswith("hooks/")    # another program there
+        call, asked = request.call, time.monotonic()
         headers = {} if call in READS and not request.body else {"Connection": "close"}
-        if request.body:
-            headers["Content-Type"] = request.content_type
-        timeout = WORK_TIMEOUT if request.body or call == "create" else ANSWER_TIMEOUT
-        data = request.body if request.body or request.method == "POST" else None
-        signed = urllib.request.Request(self.url_for(call, request.query), data, headers, method=request.method)
+        headers.update({"Content-Type": request.content_type} if request.body else {})
+        timeout = request.timeout or (WORK_TIMEOUT if request.body or call == "create" else ANSWER_TIMEOUT)
+        signed = urllib.request.Request(self.url_for(call, request.query), request.body or None, headers)
         try:
-            response: Response = self.opener.open(signed, timeout=timeout)
+            response = parse(self.opener.open(signed, timeout=timeout))
         except urllib.error.URLError as error:
-            raise self.failed(f"no connection: {error.reason}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:       # the text of the latter may quote what was sent
-            reason = (f"no answer in {timeout} s" if isinstance(error, socket.timeout) else
-                      f"broken answer: {error if isinstance(error, OSError) else type(error).__name__}")
-            outage = self.answered < asked                  # else other calls were answered meanwhile: it is this one's trouble
-            raise self.failed(reason, acted=True, outage=bbb and outage) from error
+            raise self.failed(call, f"no connection: {error.reason}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:       # its text may quote what was sent
+            silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else others got answers
+            reason = f"no answer in {timeout} s" if silent else f"broken answer: {type(error).__name__}"
+            raise self.failed(call, reason, acted=True, outage=outage) from error
         reason, outage = trouble(call, response)
         if reason:
-            raise self.failed(reason, acted=response.status == 504, outage=bbb and outage)
-        self.answered, self.doubtful = time.monotonic(), False
+            raise self.failed(call, reason, acted=response.status == 504, outage=outage)
+        self.answered, self.took = time.monotonic(), time.monotonic() - asked
         return response
-    def failed(self, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
-        """The error to raise; an outage marks the server down."""
-        with self.lock:
-            if self.down_since is None or self.reason != reason:
-                log.warning("%s %s: %s", self, "is down" if outage else "failed", reason)
-            if outage:
-                self.down_since, self.reason = self.down_since or time.monotonic(), reason
-        return Unavailable(self, acted)
-def log_bug(where: str, error: BaseException | None) -> None:
-    """Log an error that is ours, without its text, which might quote a query."""
+    def failed(self, call: str, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
+        """The error to raise; an outage marks the server down, unless it is one of its webhooks: another program."""
+        news, outage = self.down_since is None or self.reason != reason, outage and not call.startswith("hooks/")
+        if outage:
+            self.down_since, self.reason = self.down_since or time.monotonic(), reason
+        if news:
+            log.warning("%s %s: %s", self, "is down" if outage else f"failed at {call}", reason)
+        return Unavailable(acted)
+def log_error(where: str, error: BaseException | None) -> None:
+    """Log that a client went away; or an error of ours, without its text, which might quote a query."""
+    if isinstance(error, OSError):
+        return log.info("%s went away: %s", where, error)
     log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
               "".join(traceback.format_tb(error.__traceback__ if error else None)))
 
 # ---- all servers -----------------------------------------------------------------------------------------------------
 class Meeting(NamedTuple):
     """A meeting as we last heard of it."""
+    id: str
     server: Server
     created: int                        # BBB's createTime: milliseconds since 1970
+    people: int
     heard: float                        # when, as time.monotonic
 class Cluster:
     """All servers: which one has a meeting, and which one gets a new one."""
-    def __init__(self, path: str) -> None:
-        self.path, self.modified = path, 0.0        # of servers.json; modified is modification() when it was read
-        self.wake = threading.Event()               # set: read servers.json and survey now
+    def __init__(self) -> None:
         self.lock = threading.Lock()                # to change what follows; never held while a server is asked
         self.servers: list[Server] = []
-        self.turn = 0.0                             # see in_turn
+        self.turn = 0                               # in in_turn's circle
         self.meetings: dict[str, Meeting] = {}      # by meetingID and by internalMeetingID: BBB accepts both
         self.creating: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
-        self.pool = futures.ThreadPoolExecutor(MAX_PROBES)
-        self.probes: dict[str, futures.Future[tuple[Server | None, bool]]] = {}      # those going on, by meetingID
-        self.twins: set[str] = set()                # IDs that the last survey found on more than one server
-        self.load()
-    def modification(self) -> float:
-        return os.stat(self.path).st_mtime if os.path.exists(self.path) else 0.0
-    def load(self) -> None:
-        """Read servers.json. A server that stays keeps its state and its meetings. Raises SettingsError."""
-        self.modified = self.modification()
-        entries = load_servers(self.path)
+        self.asking, self.probing = futures.ThreadPoolExecutor(MAX_ASKED), futures.ThreadPoolExecutor(MAX_PROBES)
+        self.probes: dict[str, tuple[futures.Future[tuple[Server | None, bool]], float]] = {}   # by meetingID, and when
+        self.twins: set[str] = set()                # meetings that the last survey found on more than one server
+        self.answered: dict[tuple[str, str], int] = collections.Counter()   # (call, outcome) -> how many, and below
+        self.seconds: dict[tuple[str, str], float] = collections.defaultdict(float)     # how long they took in all
+    def use(self, entries: Sequence[Entry]) -> None:
+        """Take these servers from now on. One that stays keeps its state and its meetings."""
         with self.lock:
             known = {str(server): server for server in self.servers}
             self.servers = [known.get(entry.host) or Server(entry) for entry in entries]
@@ -379,133 +365,102 @@ class Cluster:
             self.meetings = {key: meeting for key, meeting in self.meetings.items() if meeting.server in self.servers}
     def up(self) -> list[Server]:
         return [server for server in self.servers if server.down_since is None]
-    def usable(self) -> list[Server]:
-        """The servers to ask what any server may answer; a doubtful one only if there is no other."""
-        return [server for server in self.up() if not server.doubtful] or self.up()
-    def ask(self, servers: Sequence[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
+    def ask(self, servers: Iterable[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
-        question = request.call in ("getMeetings", "getMeetingInfo")        # quick: does not wait behind lists, shows doubts
-        asked = {server.pools[question].submit(server.call, request): server for server in servers}
-        try:
+        asked = {self.asking.submit(server.call, request): server for server in servers}
+        with contextlib.suppress(futures.TimeoutError):     # who stays silent fails a little later, and is marked down
             for future in futures.as_completed(asked, patience):
-                try:
+                with contextlib.suppress(Unavailable):      # logged where it was found out
                     yield asked[future], future.result()
-                except Unavailable:                         # logged where it was found out
-                    asked[future].doubtful |= question
-        except futures.TimeoutError:
-            for server in [server for future, server in asked.items() if future.running()]:
-                server.doubtful |= question
-                log.warning("%s left %s without an answer for %d s", server, request.call, patience)
-        finally:
-            for future in asked:
-                future.cancel()                             # if it still waits for a thread
-    def find(self, meeting_id: str) -> tuple[Server | None, str]:
-        """The server that has the meeting, None if none that is up has it, and how that is known.
-        Raises Unavailable while its server is down and may come back with it."""
+    def find(self, meeting_id: str, for_sure: bool = False) -> tuple[Server | None, str]:
+        """The server that has the meeting, None if none that is up has it, and how that is known: for sure, or by a
+        probe of the last second. Raises Unavailable while its server is down and may come back with it."""
         known, now = self.meetings.get(meeting_id), time.monotonic()
-        down_since = known.server.down_since if known else None
-        if known and down_since is None and now - known.heard < FRESH:
+        if known and known.server.down_since is None and now - known.heard < FRESH:
             return known.server, "remembered"
-        if known and down_since is not None and now - down_since < HOLD:
-            raise Unavailable(known.server)
+        if known and now - (known.server.down_since or -HOLD) < HOLD:
+            raise Unavailable()
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
-            probe = self.probes.get(meeting_id) or self.pool.submit(self.probe, meeting_id, self.usable())
-            self.probes[meeting_id] = probe
-        probe.add_done_callback(lambda _: self.probes.pop(meeting_id, None))
+            probe, began = self.probes.get(meeting_id, (None, now))
+            if not probe or probe.done() and (for_sure or now - began > ABSENT):
+                probe = self.probing.submit(self.probe, meeting_id, self.up())
+                self.probes[meeting_id] = probe, now
         found = probe.result()[0]
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
-        """The first of these servers to have the meeting, which is then remembered; and if none, whether all said so."""
-        asked, denials = time.monotonic(), []
-        for server, response in self.ask(servers, Request("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}"), PATIENCE):
-            ids = {response.xml.findtext("meetingID"), response.xml.findtext("internalMeetingID")}
-            if response.success and meeting_id in ids:      # BBB also takes the beginning of an internal ID for it
-                self.remember(server, meeting_id, response.xml)
+        """The first of these servers to have the meeting, which is remembered then; if there is none, if all say so."""
+        asked, denials = time.monotonic(), 0
+        question = Request("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}", timeout=PATIENCE)
+        for server, response in self.ask(servers, question, CONNECT_TIMEOUT + PATIENCE):
+            if response.success and meeting_id in map(response.xml.findtext, ("meetingID", "internalMeetingID")):
+                self.remember(server, meeting_id, response.xml)     # else it has one whose internal ID begins like this
                 return server, True
             if response.xml is not NOTHING:
                 self.forget(meeting_id, server, asked)
-                denials.append(server)
-        return None, len(denials) == len(servers)
+                denials += 1
+        return None, denials == len(servers)
     def remember(self, server: Server, meeting_id: str, told: ET.Element, heard: float | None = None) -> None:
         """Note that the server has the meeting, as it told; if that is NOTHING, that it may have it."""
-        meeting = Meeting(server, number(told.findtext("createTime")), heard or time.monotonic())
+        meeting = Meeting(told.findtext("meetingID") or meeting_id, server, number(told.findtext("createTime")),
+                          max(0, number(told.findtext("participantCount"))), heard or time.monotonic())
         with self.lock:
-            for key in (meeting_id, told.findtext("meetingID"), told.findtext("internalMeetingID")):
-                self.meetings[key or meeting_id] = meeting
+            for key in {meeting_id, meeting.id, told.findtext("internalMeetingID") or meeting_id}:
+                self.meetings[key] = meeting
     def forget(self, meeting_id: str, server: Server, asked: float) -> None:
-        """Note that the server, asked then, did not have the meeting. What was created since, or is just being, stays."""
+        """Note that the server, asked then, had no such meeting. One created since, or just being created, stays."""
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known and known.server is server and known.heard < asked and meeting_id not in self.creating:
                 del self.meetings[meeting_id]
     def in_turn(self) -> Iterator[Server]:
-        """The servers for a new meeting: the one whose turn it is, then those to try if it cannot be reached.
-        After its turn a server waits for 1 / weight of a round; nobody saves up turns; of equals the list's first is next."""
-        tried: set[Server] = set()
-        while True:
+        """The servers for a new meeting: the one whose turn it is, then those to try if it cannot be reached."""
+        circle = [server for server in self.servers for _ in range(server.entry.weight)]        # in the list's order
+        able = {server for server in circle if server.down_since is None and not server.entry.cordoned}
+        while able:
             with self.lock:
-                able = [server for server in self.up() if not server.entry.cordoned and server not in tried]
-                if not able:
-                    return
-                server = min(able, key=lambda server: (server.doubtful, max(server.turn, self.turn)))
-                self.turn = max(server.turn, self.turn)
-                server.turn = self.turn + 1 / server.entry.weight
-            tried.add(server)
-            yield server
+                server, self.turn = circle[self.turn % len(circle)], self.turn + 1
+            if server in able:
+                able.remove(server)
+                yield server
     def survey(self, patience: float) -> None:
         """Ask every server which meetings it runs: that shows which are up, and where each meeting is."""
-        asked = time.monotonic()
-        listed: dict[str, list[str]] = collections.defaultdict(list)
+        asked, runs_on = time.monotonic(), collections.defaultdict(list)
         for server, response in self.ask(self.servers, Request("getMeetings"), patience):
-            if not response.success:
-                server.failed(f"getMeetings failed: {response.xml.findtext('messageKey')!r:.80}")
-                continue
-            items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
-            for key in self.meetings.keys() - items.keys() - {item.findtext("internalMeetingID") for item in items.values()}:
-                self.forget(key, server, asked)
-            server.running = len(items)
-            for meeting_id, item in items.items():
-                listed[meeting_id].append(str(server))
-                known = self.meetings.get(meeting_id)
-                if (known is None or known.server is server or known.server.down_since is not None
-                        or known.created < number(item.findtext("createTime"))):        # else a twin, and the older one
-                    self.remember(server, meeting_id, item, asked)
-            with server.lock:
-                if server.down_since is not None and server.down_since <= asked:        # else it went down since
-                    server.down_since = None
-                    log.info("%s is up", server)
-        twins = {meeting_id for meeting_id, servers in listed.items() if len(servers) > 1}
+            if response.success:
+                for meeting_id in self.learn(server, response, asked):
+                    runs_on[meeting_id].append(str(server))
+            else:
+                server.failed("getMeetings", f"getMeetings failed: {response.xml.findtext('messageKey')!r:.80}")
+        twins = {meeting_id for meeting_id, servers in runs_on.items() if len(servers) > 1}
         for meeting_id in twins - self.twins:
-            log.warning("meeting %r runs on %s: the newer one counts", meeting_id, " and ".join(listed[meeting_id]))
-        self.twins = twins
-    def watch(self) -> None:
-        """Survey the servers, and read servers.json when it has changed, for ever."""
-        while True:
-            forced = self.wake.wait(SURVEY_INTERVAL)
-            self.wake.clear()
-            try:
-                if forced or self.modification() != self.modified:
-                    self.load()
-                    log.info("%s was read again: %d servers", self.path, len(self.servers))
-                self.survey(SURVEY_INTERVAL)
-            except SettingsError as error:
-                log.error("%s The servers stay as they were.", error)
-            except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
-                log_bug("a survey", error)
+            log.warning("meeting %r runs on %s: the newer one counts", meeting_id, " and ".join(runs_on[meeting_id]))
+        with self.lock:
+            self.twins = twins
+            self.probes = {key: probe for key, probe in self.probes.items() if asked - probe[1] < ABSENT}
+    def learn(self, server: Server, response: Response, asked: float) -> list[str]:
+        """Note what a server, asked then, answered to getMeetings. Return the IDs of its meetings."""
+        items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
+        for key in self.meetings.keys() - items.keys() - {it.findtext("internalMeetingID") for it in items.values()}:
+            self.forget(key, server, asked)
+        for meeting_id, item in items.items():
+            known = self.meetings.get(meeting_id)
+            if (known is None or known.server is server or known.server.down_since is not None
+                    or known.created < number(item.findtext("createTime"))):        # else a twin, and the older one
+                self.remember(server, meeting_id, item, asked)
+        server.meetings = len(items)
+        server.people = sum(max(0, number(item.findtext("participantCount"))) for item in items.values())
+        if server.down_since is not None and server.down_since <= asked:        # else it went down since
+            server.down_since = None
+            log.info("%s is up", server)
+        return list(items)
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
-def first_to_answer(servers: Iterable[Server], request: Request, why: str) -> tuple[Server, Response]:
-    """Try servers one after the other, but none after one that may have carried out the call. Raises Unavailable."""
-    for server in servers:
-        try:
-            return server, server.call(request, why)
-        except Unavailable as error:
-            if error.acted and request.call not in READS:
-                raise
-    raise Unavailable()
 def relay_anywhere(cluster: Cluster, request: Request, why: str = "any") -> Response:
-    """A call about nothing that a server has: to any server, so that the answer is BBB's own."""
-    return first_to_answer(cluster.usable(), request, why)[1]
+    """A call about nothing that a server has: to the first that gives an answer, so that it is BBB's own."""
+    for server in cluster.up():
+        with contextlib.suppress(Unavailable):
+            return server.call(request, why)
+    raise Unavailable()
 def relay(cluster: Cluster, request: Request) -> Response:
     """A call about a meeting: to its server. A denial is passed on only when no other server has the meeting."""
     if not request.meeting_id:
@@ -516,59 +471,55 @@ def relay(cluster: Cluster, request: Request) -> Response:
     response = server.call(request, why)
     denied = response.xml.findtext("returncode") == "FAILED" or (
         request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
-    if denied and cluster.probe(request.meeting_id, [server]) == (None, True):      # else it has it, and its answer is right
+    if denied and cluster.probe(request.meeting_id, [server]) == (None, True):      # else it has it, and is right
         other = cluster.find(request.meeting_id)[0]
         return other.call(request, "moved") if other not in (None, server) else response
     return response
 def join(cluster: Cluster, request: Request) -> Response:
-    """A browser is sent to the meeting's server itself, whose cookie it needs; a program may want the answer instead."""
+    """A browser is sent to the meeting's server itself, whose cookie it needs; a program may want the answer."""
+    if request.params.get("redirect", "").lower() not in ("", "true"):      # BBB's parseBoolean, unless it is empty
+        return relay(cluster, request)
     try:
-        if request.params.get("redirect", "").lower() not in ("", "true"):      # BBB's parseBoolean, unless it is empty
-            return relay(cluster, request)
-        found, why = cluster.find(request.meeting_id) if request.meeting_id else (None, "any")
-        server = found or next(iter(cluster.usable()), None)
-        if server is None:
-            raise Unavailable()
-    except Unavailable:
-        if request.browser:
-            return RETRY_PAGE
-        raise
+        server, why = cluster.find(request.meeting_id)
+        server = server or cluster.up()[0]
+    except (Unavailable, IndexError):
+        if request.language:                                # a person waits
+            return page(request.language, *RETRY_TEXTS[request.language], RETRY_AFTER, 503)
+        raise Unavailable() from None
     request.chosen = f"{server} ({why})"
-    return Response(302, b"", "", [("Location", server.url_for("join", request.query))])
+    return Response(302, b"", [("Location", server.url_for("join", request.query))])
 def place(cluster: Cluster, request: Request) -> Response:
-    """Create a new meeting: a breakout room on its parent's server, any other on the server whose turn it is."""
+    """Create a new meeting: a breakout room on its parent's server, else on the first in turn that can be reached."""
     server = cluster.find(request.params["parentMeetingID"])[0] if request.params.get("parentMeetingID") else None
     servers, why = ([server], "parent's") if server else (cluster.in_turn(), "in turn")
-    try:
-        server, response = first_to_answer(servers, request, why)
-    except Unavailable as error:
-        if error.server:                                    # it may have the meeting now: the next create asks there
-            cluster.remember(error.server, request.meeting_id, NOTHING)
-        raise
-    if response.success or response.status >= 500:
-        cluster.remember(server, request.meeting_id, response.xml)
-    return response
+    for server in servers:
+        try:
+            response = server.call(request, why)
+        except Unavailable as error:
+            if not error.acted:
+                continue
+            cluster.remember(server, request.meeting_id, NOTHING)       # it may have it now: the next create asks there
+            raise
+        if response.success or response.status >= 500:
+            cluster.remember(server, request.meeting_id, response.xml)
+            server.placed += 1
+        return response
+    raise Unavailable()
 def create(cluster: Cluster, request: Request) -> Response:
     """To the server that has the meeting; a new one is placed. Once it has its server, creates run side by side."""
-    if not request.meeting_id:
-        return relay_anywhere(cluster, request)
     with cluster.lock:
         placing = cluster.creating.setdefault(request.meeting_id, threading.Lock())     # gone when nobody holds it
     with placing:
-        server, why = cluster.find(request.meeting_id)
+        server, why = cluster.find(request.meeting_id, for_sure=True)
         if server and server.entry.cordoned and cluster.probe(request.meeting_id, [server]) == (None, True):
             server = None                                   # it ended there, and must not begin there again
         if server is None:
             return place(cluster, request)
-    response = server.call(request, why)
-    if response.success:
-        cluster.remember(server, request.meeting_id, response.xml)
-    return response
+    return server.call(request, why)
 def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
     brief = request.call in ("getMeetings", "getSessions")      # of the others a list that lacks a server does harm
-    servers, patience = (cluster.usable(), PATIENCE) if brief else (cluster.up(), CONNECT_TIMEOUT + ANSWER_TIMEOUT)
-    answers = dict(cluster.ask(servers, request, patience))
+    answers = dict(cluster.ask(cluster.up(), request, PATIENCE if brief else CONNECT_TIMEOUT + ANSWER_TIMEOUT))
     request.chosen = f"{len(answers)} of {len(cluster.servers)} servers"
     if not answers:
         raise Unavailable()
@@ -578,19 +529,23 @@ def best(answers: Iterable[Response]) -> Response:
     return max(answers, key=lambda response: (response.success, response.xml is not NOTHING))
 def merge_lists(cluster: Cluster, request: Request) -> Response:
     """One list of what all servers have. A server without a usable answer is left out."""
-    answers = ask_all(cluster, request).values()
-    response = best(answers)
-    return listing(request.call, merge(request.call, answers)) if response.success else response
+    answers, name = ask_all(cluster, request).values(), LISTS[request.call][0].encode()
+    items, parts = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
+    inner = [answer.body.translate(PRINTABLE).partition(b"<%b>" % name)[2].rpartition(b"</%b>" % name)[0]
+             for answer, part in zip(answers, parts) if part]
+    if not all(inner) or len(items) < sum(map(len, parts)):     # some are on two servers; else their own bytes will do
+        inner = [ET.tostring(item) for item in items]
+    return listing(request.call, b"".join(inner)) if best(answers).success else best(answers)
 def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, Response]:
-    """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the request
-    is in the lists of the others: a front end takes a recording that is missing in a SUCCESS for deleted."""
-    answers, paged = ask_all(cluster, Request("getRecordings", query)), "limit" in request.params
-    lists = [response for response in answers.values()      # one without <recordings> refuses to list all, unless in pages
-             if response.success and not (paged and response.xml.find("recordings") is None)]
-    request.chosen = f"{len(lists)} of {len(cluster.servers)} servers"
+    """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the
+    request is in the lists of the others: a front end takes what a SUCCESS lacks for deleted."""
+    answers, every = ask_all(cluster, Request("getRecordings", query)), len(cluster.servers)
+    lists = [response for response in answers.values()      # one without <recordings> may list them, but only in pages
+             if response.success and ("limit" not in request.params or response.xml.find("recordings") is not None)]
+    request.chosen = f"{len(lists)} of {every} servers"
     found = {item.findtext("recordID") for response in lists for item in response.xml.iter("recording")}
-    refused = len(answers) == len(cluster.servers) and not best(answers.values()).success       # by all, so for a reason
-    if not refused and len(lists) < len(cluster.servers) and not (request.record_ids and request.record_ids <= found):
+    refused = len(answers) == every and not best(answers.values()).success      # by all, so for a reason
+    if len(lists) < every and not refused and not (request.record_ids and request.record_ids <= found):
         raise Unavailable()
     return answers
 def get_recordings(cluster: Cluster, request: Request) -> Response:
@@ -600,14 +555,14 @@ def get_recordings(cluster: Cluster, request: Request) -> Response:
         return best(answers)
     items, params = merge("getRecordings", answers), request.params
     if not re.fullmatch("[+-]?[0-9]{1,9}", params.get("limit", "")):
-        return listing("getRecordings", items)
+        return listing("getRecordings", b"".join(map(ET.tostring, items)))
     offset, limit = max(0, number(params.get("offset"))), min(max(1, number(params["limit"])), 100)
-    page = items[offset:offset + limit]
-    return listing("getRecordings", page, f"<pagination><pageable><offset>{offset}</offset><limit>{limit}</limit>"
-                   "<paged>true</paged><unpaged>false</unpaged></pageable>"
-                   f"<totalElements>{len(items)}</totalElements><empty>{str(not page).lower()}</empty></pagination>")
+    shown = items[offset:offset + limit]
+    return listing("getRecordings", b"".join(map(ET.tostring, shown)), f"<pagination><pageable><offset>{offset}</offset>"
+                   f"<limit>{limit}</limit><paged>true</paged><unpaged>false</unpaged></pageable><totalElements>{len(items)}"
+                   f"</totalElements><empty>{str(not shown).lower()}</empty></pagination>")
 def relay_recording(cluster: Cluster, request: Request) -> Response:
-    """A call about recordings: to the servers that have them. SUCCESS if any of these says so; of JSON answers the first."""
+    """A call about recordings: to the servers that have them. SUCCESS if any of these says so; of JSON the first."""
     if not request.record_ids:
         return relay_anywhere(cluster, request)
     answers = recordings(cluster, request, f"recordID={quote_plus(','.join(request.record_ids))}&state=any")
@@ -616,284 +571,330 @@ def relay_recording(cluster: Cluster, request: Request) -> Response:
     if not owners:
         return relay_anywhere(cluster, request, "nowhere")
     return best([server.call(request, "owner") for server in owners])
-def hook_id(callback_url: str) -> str:
-    """One ID for the hooks that all servers have for this URL: BBB allows only one hook a URL (bbb-webhooks, hooks.js)."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, callback_url))
-def hooks(cluster: Cluster, request: Request) -> Response:
-    """A hook is made and listed on all servers that have webhooks, and shown as one."""
-    answers = ask_all(cluster, request)
-    response = best(answers.values())
-    for element in [element for answer in answers.values() for element in answer.xml.iter()]:
-        for shown in element.findall("hookID"):
-            shown.text = hook_id(element.findtext("callbackURL", request.params.get("callbackURL", "")))
-    if response.success and request.call == "hooks/list":
-        return listing(request.call, merge(request.call, answers.values()))
-    return response._replace(body=ET.tostring(response.xml)) if response.success else response
 def destroy_hook(cluster: Cluster, request: Request) -> Response:
-    """Remove the hook of this ID from every server, each of which knows it by another."""
-    wanted = request.params.get("hookID")
-    if not wanted:
-        raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
-    found = [(server, hook) for server, response in ask_all(cluster, Request("hooks/list")).items()
-             for hook in response.xml.iter("hook") if hook_id(hook.findtext("callbackURL", "")) == wanted]
-    if not found:
+    """Remove a hook from all servers, which know it by other IDs, but by the same URL (bbb-webhooks, hooks.js)."""
+    hooks = [(server, hook.findtext("hookID", ""), hook.findtext("callbackURL"))
+             for server, answer in ask_all(cluster, Request("hooks/list")).items() for hook in answer.xml.iter("hook")]
+    urls = [url for _, hook_id, url in hooks if hook_id == request.params.get("hookID")]
+    if not urls:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
-    request.chosen = f"{len(found)} of {len(cluster.servers)} servers"
-    return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook.findtext('hookID', ''))}"))
-                 for server, hook in found])
+    return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook_id)}"))
+                 for server, hook_id, url in hooks if url == urls[0]])
 CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other: relay
-    "create": create,
-    "join": join,
-    **dict.fromkeys(("getMeetings", "getSessions"), merge_lists),
-    "getRecordings": get_recordings,
-    **dict.fromkeys(("publishRecordings", "deleteRecordings", "updateRecordings", *JSON_CALLS), relay_recording),
-    **dict.fromkeys(("hooks/create", "hooks/list"), hooks),
-    "hooks/destroy": destroy_hook,
-}
+    "create": create, "join": join, "getRecordings": get_recordings, "hooks/destroy": destroy_hook,
+    **dict.fromkeys(("getMeetingInfo", "isMeetingRunning", "end", "insertDocument", "sendChatMessage"), relay),
+    **dict.fromkeys(("getMeetings", "getSessions", "hooks/list"), merge_lists),
+    **dict.fromkeys(("publishRecordings", "deleteRecordings", "updateRecordings"), relay_recording),
+    **dict.fromkeys(("getRecordingTextTracks", "putRecordingTextTrack"), relay_recording),
+    "hooks/create": lambda cluster, request: best(ask_all(cluster, request).values())}     # known by the first one's ID
+
+# ---- watching --------------------------------------------------------------------------------------------------------
+def metrics(cluster: Cluster) -> Response:
+    """Figures for Prometheus, in its text format."""
+    lines = ["# HELP tinyscale_call_seconds Calls, and the time they took.", "# TYPE tinyscale_call_seconds summary"]
+    for (call, outcome), count in sorted(cluster.answered.items()):
+        lines += [f'tinyscale_call_seconds_{name}{{call="{call}",outcome="{outcome}"}} {value:g}'
+                  for name, value in (("count", count), ("sum", cluster.seconds[call, outcome]))]
+    for name, text, values in (
+            ("up", "Whether the server answers.", [int(server.down_since is None) for server in cluster.servers]),
+            ("meetings", "Meetings on the server.", [server.meetings for server in cluster.servers]),
+            ("participants", "People in these meetings.", [server.people for server in cluster.servers])):
+        lines += [f"# HELP tinyscale_server_{name} {text}", f"# TYPE tinyscale_server_{name} gauge"]
+        lines += [f'tinyscale_server_{name}{{server="{server}"}} {value}' for server, value in zip(cluster.servers, values)]
+    return Response(200, "\n".join([*lines, ""]).encode(), [("Content-Type", "text/plain; version=0.0.4")])
+def state(server: Server) -> str:
+    """The state of a server in an admin's words, and why."""
+    if server.down_since is not None:
+        return f"down for {(time.monotonic() - server.down_since) / 60:.0f} min: {server.reason}"
+    return "cordoned" if server.entry.cordoned else "up"
+def status(cluster: Cluster) -> Response:
+    """A page for an admin to leave open: how the servers are, and which meeting runs where."""
+    most = max(1, *(max(server.meetings, server.people) for server in cluster.servers))
+    servers = "".join(
+        f'<tr class="{state(server)[:4]}"><th>{server}<td>{html.escape(state(server))}' + "".join(
+            f'<td>{count} {what}<meter max="{most}" value="{count}"></meter>'
+            for count, what in ((server.meetings, "meetings"), (server.people, "people")))
+        + f"<td>{1000 * server.took:.0f} ms<td>{server.placed} placed" for server in cluster.servers)
+    meetings = sorted({meeting.id: meeting for meeting in list(cluster.meetings.values())}.items())
+    rooms = "".join(f"<tr><th>{html.escape(key)}<td>{meeting.server}<td>{meeting.people} people"
+                    for key, meeting in meetings)
+    return page("en", f"{len(cluster.up())} of {len(cluster.servers)} servers up, {len(meetings)} meetings",
+                f"<table>{servers}</table><h2>Meetings</h2><table>{rooms}</table>", SURVEY_INTERVAL)
 def health(cluster: Cluster) -> Response:
     """For proxies and monitors: 200 while a new meeting could be placed, else 503."""
     able = any(not server.entry.cordoned for server in cluster.up())
-    return Response(*(200, b"ok\n") if able else (503, b"no server for a new meeting\n"), "text/plain")
+    return Response(*(200, b"ok") if able else (503, b"no server for new meetings"), [("Content-Type", "text/plain")])
+PAGES = {"/health": health, "/status": status, "/metrics": metrics}     # the last two want a password
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
-REQUEST_LINE = re.compile(rb"[A-Z]+ [!-\"$-~]+ HTTP/1\.[01]\r?\n")      # ASCII; a "#" is no part of a request's target
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*)?\r?\n")
+HEAD = re.compile("(?a)(GET|HEAD|POST) (?:http://[\\w.:\\[\\]-]*)?([!-\"$-~]+) HTTP/1[.]([01])\r\n"     # no fragment
+                  "((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n)*)\r\n")
 FORM, XML_TYPES = "application/x-www-form-urlencoded", ("application/xml", "text/xml")
-IDLE, READING, ANSWERING, OVER = range(4)       # a connection: awaits a request, receives one, is answered, is done with
-
+IDLE, READING, ANSWERING = range(3)     # a connection: awaits a request, is in the middle of one, waits for our answer
 class LoadBalancer(http.server.ThreadingHTTPServer):
-    """The listener: a thread for each connection."""
-    request_queue_size = 1024           # listen(2): at nine o'clock every class joins at once
-    def __init__(self, cluster: Cluster, secrets: Sequence[str], bind: str, port: int, tls: ssl.SSLContext | None) -> None:
-        self.cluster, self.secrets, self.tls, self.stopping = cluster, secrets, tls, False
-        self.connections: dict[Any, tuple[int, float]] = {}     # socket -> what it does, since when
-        self.change = threading.Condition()
-        everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
-        info: Any = socket.getaddrinfo(bind or everywhere, port, type=socket.SOCK_STREAM)[0]
-        self.address_family = info[0]
-        super().__init__(info[4], Handler)
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)      # IPv4 as well
-        socketserver.TCPServer.server_bind(self)        # HTTPServer's asks DNS for our own name
-    def get_request(self) -> tuple[Any, Any]:
-        connection, address = super().get_request()
-        if self.tls:        # the handshake comes with the first read, in the connection's thread: a mute client stops nobody
-            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        return connection, address
+    """The settings, the listener, and a thread for each connection."""
+    def __init__(self, servers: str, bind: str, port: str) -> None:
+        """Read the settings, and listen. Raises SettingsError."""
+        self.path, self.cluster, self.stopping = servers, Cluster(), False
+        self.handlers: set[Handler] = set()     # one for each connection
+        self.wake = threading.Event()           # set: read the settings again and survey now
+        self.load()
+        both = not bind and socket.has_dualstack_ipv6()     # IPv4 and IPv6
+        with mistakes(f"PORT {port}, TINYSCALE_BIND {bind or 'all'}", "Choose another, or stop who has it."):
+            bind, checked = bind or ("::" if both else "0.0.0.0"), range(65536).index(int(port))
+            info: Any = socket.getaddrinfo(bind, checked, type=socket.SOCK_STREAM)[0]
+            super().__init__(info[4], Handler, bind_and_activate=False)     # else it asks DNS for our own name
+            self.socket.close()
+            self.socket = socket.create_server(info[4], family=info[0], backlog=BACKLOG, dualstack_ipv6=both)
+        self.server_address = self.socket.getsockname()
+    def files(self) -> list[float]:
+        """When the files of the settings were written."""
+        names = self.path, *map(os.environ.get, ("TINYSCALE_SECRET_FILE", "TINYSCALE_CERT", "TINYSCALE_KEY"))
+        return [os.path.getmtime(name) for name in names if name and os.path.exists(name)]
+    def load(self) -> None:
+        """Read the settings: from now on all of them count, or none. Raises SettingsError."""
+        self.loaded, password = self.files(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
+        entries, self.secrets, self.tls = load_servers(self.path), load_secrets(), load_tls()
+        self.login = b"Basic " + base64.b64encode(f"admin:{password}".encode()) if password else b""
+        self.cluster.use(entries)
+    def watch(self) -> None:
+        """Survey the servers, and read the settings again when a file has changed, for ever."""
+        while True:
+            try:
+                if self.wake.wait(SURVEY_INTERVAL) or self.files() != self.loaded:
+                    self.wake.clear()
+                    self.load()
+                    log.info("the settings were read again: %d servers", len(self.cluster.servers))
+                self.cluster.survey(SURVEY_INTERVAL)
+            except SettingsError as error:
+                log.error("%s The settings stay as they were.", error)
+            except Exception as error:              # noqa: BLE001  whatever it is, there must be a next survey
+                log_error("a survey", error)
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread. If there are too many, the one that has kept us waiting longest must go."""
-        with self.change:
-            while len(self.connections) >= MAX_CONNECTIONS and not self.stopping:
-                waits = {other: since for other, (doing, since) in self.connections.items() if doing < ANSWERING}
-                other = min(waits, key=lambda other: waits[other], default=None)
-                if other and waits[other] + 1 < time.monotonic():
-                    self.connections[other] = ANSWERING, 0.0
-                    with contextlib.suppress(OSError):
-                        socket.socket.shutdown(other, socket.SHUT_RDWR)     # its thread reads the end, and is done
-                self.change.wait(0.1)
-        self.now(request, IDLE)
+        while len(self.handlers) >= MAX_CONNECTIONS and not self.stopping:
+            waiting = (handler for handler in list(self.handlers) if handler.doing != ANSWERING)
+            slowest = min(waiting, key=lambda handler: handler.since, default=None)
+            if slowest and slowest.since + 1 < time.monotonic():
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)   # its thread reads the end, and is done
+            time.sleep(0.001)
+        if self.tls:        # its handshake comes with the first read, in the connection's thread: the mute stop nobody
+            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         super().process_request(request, client_address)
-    def shutdown_request(self, request: Any) -> None:
-        self.now(request, OVER)
-        super().shutdown_request(request)
-    def now(self, connection: Any, doing: int) -> None:
-        """Note what a connection does from now on."""
-        with self.change:
-            self.connections[connection] = doing, time.monotonic()
-            if doing == OVER:
-                del self.connections[connection]
-            self.change.notify_all()
     def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            log.info("%s went away: %s", client_address[0], error)
-        else:
-            log_bug("a connection", error)
-
-class Handler(http.server.BaseHTTPRequestHandler):
+        log_error(client_address[0], sys.exc_info()[1])
+    def stop(self) -> None:
+        """Take no more connections, and wait for the calls in progress."""
+        self.stopping, deadline = True, time.monotonic() + DRAIN_TIMEOUT
+        self.shutdown()
+        self.server_close()
+        while any(handler.doing != IDLE for handler in list(self.handlers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        log.info("stopped" if time.monotonic() < deadline else "stopped with calls in progress")
+class Handler(socketserver.StreamRequestHandler):
     """One connection. It stays open only after a request that cannot have left bytes on it: one without a body."""
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True      # head and body are two writes
-    timeout = IDLE_TIMEOUT              # for the TLS handshake, and for each read and write
+    disable_nagle_algorithm, timeout = True, IDLE_TIMEOUT       # seconds for the TLS handshake, each read and write
     server: LoadBalancer
-    raw_requestline: bytes
-    call, unread, started = Request("-"), 0, 0.0        # what is being answered, bytes of its body to come, time.monotonic
-    def parse_request(self) -> bool:
-        """Refuse what is not plain HTTP, and what two readers could read differently."""
-        self.server.now(self.request, READING)
-        self.call, self.started, self.command = Request("-"), time.monotonic(), ""
-        if not REQUEST_LINE.fullmatch(self.raw_requestline):
-            self.send_error(400)
-        elif self.parse_head():
-            lengths = ",".join(self.headers.get_all("Content-Length", ["0"]))
-            if "Transfer-Encoding" not in self.headers and re.fullmatch("[0-9]{1,15}", lengths):
-                self.unread = int(lengths)
-                self.close_connection |= self.unread > 0 or self.request_version < "HTTP/1.1"
-                return True
-            self.send_error(411 if "Transfer-Encoding" in self.headers else 400)
-        return False
-    def parse_head(self) -> bool:
-        """Let http.server's parser, which is made for e-mail, see only headers that are few and well-formed."""
-        stream, lines = self.rfile, [b""]
-        while lines[-1] not in (b"\r\n", b"\n"):
-            lines.append(stream.readline(MAX_QUERY + 1))
-            if not lines[-1]:
-                raise ConnectionError("its request was cut short")
-            if sum(map(len, lines)) > MAX_QUERY or len(lines) > 102 or not HEADER.fullmatch(lines[-1]):
-                self.send_error(400 if sum(map(len, lines)) <= MAX_QUERY and len(lines) <= 102 else 431)
-                return False
-        self.rfile = io.BytesIO(b"".join(lines))
-        parsed, self.rfile = super().parse_request(), stream
-        return parsed
-    def do_GET(self) -> None:
+    def note(self, doing: int) -> None:
+        self.doing, self.since = doing, time.monotonic()
+    def handle(self) -> None:
+        """Answer requests until the client has no more of them, or no further one could be trusted."""
+        self.last = False
+        self.note(IDLE)
+        self.server.handlers.add(self)
         try:
-            response = self.answer()
-        except ApiError as error:
-            self.call.chosen = f"{self.call.chosen or self.client_address[0]} {error.key}"
-            response = error.response(self.call.call)
-        except OSError:
-            raise                       # the client went away while we read its body
-        except Exception as error:      # noqa: BLE001  whatever it is, the caller gets an answer
-            log_bug(self.call.call, error)
-            response = ApiError("internalError", "An error of tinyscale; its log tells more.", 500).response()
-        self.respond(response)
-    do_HEAD = do_POST = do_GET
+            while not self.last:
+                self.answer_next()
+                self.note(IDLE)
+        finally:
+            self.server.handlers.remove(self)
+    def answer_next(self) -> None:
+        """Wait for a request, and answer it. Raises OSError if the client goes away in the middle of it."""
+        self.call, self.method, self.unread, self.last, line = Request("-"), "", 0, True, b""
+        with contextlib.suppress(socket.timeout):           # it was merely kept long enough
+            line = self.rfile.readline(MAX_HEAD)
+        self.note(READING)
+        if line:
+            self.started = self.since
+            try:
+                self.read_head(line)
+                response = self.answer()
+                failed = response.status >= 400 or response.xml.findtext("returncode") == "FAILED"
+                self.respond(response, "failed" if failed else "success")
+            except ApiError as error:
+                self.respond(error.response(), error.key)
+    def read_head(self, line: bytes) -> None:
+        """Read the rest of a request's head. Raises ApiError for what is no plain HTTP, or could be read differently by
+        others: http.server's parser, which is made for e-mail, takes a bare CR for the end of a line, for example."""
+        lines = [line]
+        while lines[-1] not in (b"\r\n", b""):
+            lines.append(self.rfile.readline(MAX_HEAD))
+            if len(lines) > 102 or sum(map(len, lines)) > MAX_HEAD:
+                raise ApiError("badRequest", "The head of the request is too large", 431)
+        match = HEAD.fullmatch(b"".join(lines).decode("latin-1"))
+        if not match:
+            raise ApiError("badRequest", "This is no request of HTTP/1.1", 400)
+        self.method, self.target, minor, fields = match.groups()
+        headers = [(name.lower(), value.strip(" \t")) for name, value in re.findall("(.*?):(.*)\r\n", fields)]
+        self.headers = collections.defaultdict(str, headers)        # of repeated ones the last
+        lengths = [value for name, value in headers if name == "content-length"] or ["0"]
+        if "transfer-encoding" in self.headers or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
+            raise ApiError("badRequest", "A body must have one Content-Length, and no Transfer-Encoding", 411)
+        self.unread = int(lengths[0])
+        self.last = self.unread > 0 or minor == "0" or "close" in self.headers["connection"].lower()
     def answer(self) -> Response:
-        """The answer to the request. Raises ApiError if it is refused."""
-        path, _, query = re.sub("^https?://[^/?]*", "", self.requestline.split(" ")[1]).partition("?")
+        """The answer to a request whose head was read. Raises ApiError if it is refused."""
+        path, _, query = self.target.partition("?")
         if path in ("/bigbluebutton/", "/bigbluebutton/api", "/bigbluebutton/api/"):
             return VERSION
-        if path == "/health":
-            return health(self.server.cluster)
+        if path == "/health" or path in PAGES and self.server.login:
+            if path != "/health" and not hmac.compare_digest(self.headers["authorization"].encode(), self.server.login):
+                return Response(401, b"", [("WWW-Authenticate", 'Basic realm="tinyscale", charset="UTF-8"')])
+            return PAGES[path](self.server.cluster)
         match = re.fullmatch("/bigbluebutton/api/([A-Za-z]+(?:/[A-Za-z]+)*)", path)
         if not match:
-            raise ApiError("notFound", "There is nothing at this address.", 404)
+            raise ApiError("notFound", "There is nothing at this address", 404)
         self.call = Request(match[1])
         self.call = self.read_call(match[1], query)
-        self.server.now(self.request, ANSWERING)
-        return CALLS.get(match[1], relay)(self.server.cluster, self.call)
+        self.note(ANSWERING)
+        try:
+            return CALLS.get(match[1], relay)(self.server.cluster, self.call)
+        except ApiError:
+            raise
+        except Exception as error:      # noqa: BLE001  whatever it is, the caller gets an answer
+            log_error(self.call.call, error)
+            raise ApiError("internalError", "An error of tinyscale; its log tells more", 500) from None
     def read_call(self, call: str, query: str) -> Request:
         """Verify the checksum, then read the body; only a form, which is the query, before that. Raises ApiError."""
-        if call == "join" and (self.unread or self.command == "POST"):      # its checksum is in the hands of every guest
+        if call == "join" and (self.unread or self.method == "POST"):       # every guest has its checksum
             raise ApiError("unsupportedRequest", "join is called with GET only, without a body", 405)
-        content_type, body = self.headers.get("Content-Type", ""), b""
+        content_type, body = self.headers["content-type"], b""
         media_type = content_type.partition(";")[0].strip().lower()
-        if media_type == FORM and not query and self.unread:
-            query = self.body(MAX_QUERY).decode("latin-1")
+        form = media_type == FORM and not query and self.unread > 0
+        if form:
+            query = self.body(MAX_HEAD).decode("latin-1")
             if not re.fullmatch("[!-\"$-~]*", query):
-                raise ApiError("badRequest", "The form is not URL-encoded.", 400)
-            query, params = verify(call, query, self.server.secrets, form=True)
-        else:
-            query, params = verify(call, query, self.server.secrets)
-            if self.unread and media_type not in (FORM, *XML_TYPES, "multipart/form-data"):
+                raise ApiError("badRequest", "The form is not URL-encoded", 400)
+        query, params = verify(call, query, self.server.secrets, form)
+        if self.unread:
+            if media_type not in (FORM, *XML_TYPES, "multipart/form-data"):
                 raise ApiError("unsupportedContentType", "POST request Content-Type is missing or unsupported")
-            self.server.now(self.request, ANSWERING)
+            self.note(ANSWERING)                            # who knows the secret may send slowly
             body = self.body(MAX_BODY)
-            if media_type == FORM and body and not re.match(rb"(\xef\xbb\xbf)?\s*<", body):
+            if media_type == FORM and not re.match(rb"(\xef\xbb\xbf)?\s*<", body):
                 raise ApiError("checksumError", "Parameters must be in the URL or in the body, not in both")
             if media_type != "multipart/form-data":         # XML, whatever it is labelled: BBB wants the bare type
                 content_type = "application/xml"
-        return Request(call, query, params, "POST" if self.command == "POST" else "GET", body, content_type,
-                       browser="text/html" in self.headers.get("Accept", ""))
+        wished = re.search(r"\b(de|en)\b", self.headers["accept-language"].lower())
+        language = (wished[0] if wished else "en") if "text/html" in self.headers["accept"] else ""
+        return Request(call, query, params, body, content_type, language)
     def body(self, limit: int) -> bytes:
         """The whole body of the request. Raises ApiError if it is too large, ConnectionError if it is cut short."""
         if self.unread > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
+        if self.unread and self.headers["expect"]:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(self.unread)
         if len(body) < self.unread:
             raise ConnectionError("the body of its request was cut short")
         self.unread = 0
         return body
-    def respond(self, response: Response) -> None:
+    def respond(self, response: Response, outcome: str) -> None:
         """Write the answer, and a line in the log."""
-        self.server.now(self.request, READING)          # it may go if it does not take the answer
-        self.close_connection |= self.server.stopping
-        self.send_response_only(response.status)
-        for name, value in (("Date", self.date_time_string()), ("Content-Type", response.content_type), *response.headers,
-                            ("Content-Length", str(len(response.body))), ("Connection", "close" if self.close_connection else "")):
-            if value:
-                self.send_header(name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(response.body)
-        log.info("%s %r %s %d %.0f ms", self.call.call, self.call.meeting_id, self.call.chosen or self.client_address[0],
-                 response.status, 1000 * (time.monotonic() - self.started))
-        deadline = time.monotonic() + LINGER            # a client that still sends might not see why it was refused
-        with contextlib.suppress(OSError):
-            while self.unread and time.monotonic() < deadline:
+        self.note(READING)                                  # it may go if it does not take the answer
+        self.last |= self.server.stopping
+        head = "".join(f"{name}: {value}\r\n" for name, value in (
+            ("Date", email.utils.formatdate(usegmt=True)), *response.headers, ("Content-Length", len(response.body)),
+            ("Connection", "close" if self.last else "keep-alive")))
+        head = f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n{head}\r\n"
+        self.wfile.write(head.encode("latin-1") + (b"" if self.method == "HEAD" else response.body))
+        call, seconds, cluster = self.call, time.monotonic() - self.started, self.server.cluster
+        key = call.call if call.call in CALLS else "other", outcome
+        with cluster.lock:
+            cluster.answered[key], cluster.seconds[key] = cluster.answered[key] + 1, cluster.seconds[key] + seconds
+        log.info("%s %r %s %s %d %.0f ms", call.call, call.meeting_id, call.chosen or self.client_address[0], outcome,
+                 response.status, 1000 * seconds)
+        with contextlib.suppress(OSError):                  # a client that still sends might not see why it was refused
+            while self.unread and time.monotonic() < self.since + LINGER:
                 self.connection.settimeout(LINGER)
                 self.unread = len(self.connection.recv(65536))
-        self.call, self.unread = Request("-"), 0
-        self.server.now(self.request, IDLE)
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.started, self.close_connection, self.request_version = time.monotonic(), True, "HTTP/1.1"
-        self.respond(ApiError("badRequest", http.client.responses[code], code).response())
-    def log_message(self, format: str, *args: Any) -> None:
-        if self.server.connections[self.request][0] != IDLE:        # else it was merely kept long enough
-            log.info("%s went silent in the middle of a request", self.client_address[0])
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status. Raises SettingsError."""
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # before any thread starts; sigwait receives them
-    cluster, secrets = Cluster(options.servers), load_secrets()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # a thousand clients, and the servers' connections
-    with mistakes(f"PORT {options.port}, TINYSCALE_BIND {options.bind or 'all'}", "Choose another, or stop who has it."):
-        balancer = LoadBalancer(cluster, secrets, options.bind, int(options.port), load_tls())
-    cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)        # a hung server delays the start, but no meeting is overlooked
-    for loop in (balancer.serve_forever, cluster.watch):
+    with contextlib.suppress(OSError, ValueError):          # a thousand clients, and the servers' connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    balancer = LoadBalancer(options.servers, options.bind, options.port)
+    balancer.cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)       # a hung server delays it: none is overlooked
+    for loop in (balancer.serve_forever, balancer.watch):
         threading.Thread(target=loop, daemon=True).start()
     log.info("tinyscale %s listens on port %d, with %d of %d servers up", __version__, balancer.server_address[1],
-             len(cluster.up()), len(cluster.servers))
+             len(balancer.cluster.up()), len(balancer.cluster.servers))
     while signal.sigwait(signals) == signal.SIGHUP:
-        cluster.wake.set()
+        balancer.wake.set()
+    log.info("stopping")
     for last in (signal.SIGINT, signal.SIGTERM):            # a second one ends at once, as PID 1 too
         signal.signal(last, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    balancer.stopping = True
-    log.info("stopping")
-    balancer.shutdown()
-    balancer.server_close()
-    with balancer.change:
-        done = balancer.change.wait_for(lambda: all(doing == IDLE for doing, _ in balancer.connections.values()), DRAIN_TIMEOUT)
-    log.info("stopped" if done else "stopped with calls in progress")
+    balancer.stop()
     return 0
+def examine(server: Server) -> str:
+    """A line of check: what a server says, the digests it accepts, the days for which its certificate is valid."""
+    if server.down_since is not None:
+        return f"{server!s:40} UNUSABLE: {server.reason}"
+    accepted, days, version, host = [], "-", "?", urlsplit(str(server))
+    for digest in DIGESTS.values():
+        with contextlib.suppress(Unavailable):
+            Server(server.entry._replace(checksum=digest)).call(Request("getMeetings"))
+            accepted.append(digest)
+    with contextlib.suppress(Unavailable):
+        version = server.call(Request("")).xml.findtext("bbbVersion") or version
+    if host.scheme == "https":
+        plain = socket.create_connection((host.hostname or "", host.port or 443), CONNECT_TIMEOUT)
+        with KeepAliveHandler.trust.wrap_socket(plain, server_hostname=host.hostname) as tls:
+            certificate: Any = tls.getpeercert()
+            days = f"{(ssl.cert_time_to_seconds(certificate['notAfter']) - time.time()) / 86400:.0f} d"
+    return (f"{server!s:40} {state(server):8} {1000 * server.took:5.0f} ms, BBB {version:6} {' '.join(accepted):27} "
+            f"certificate {days:>4}, {server.meetings:4} meetings, {server.people:5} people")
 def check(options: argparse.Namespace) -> int:
     """Try every server and print what came of it; return 1 if one is unusable."""
-    cluster = Cluster(options.servers)
+    logging.disable()
+    cluster = Cluster()
+    cluster.use(load_servers(options.servers))
     cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)
-    for server in cluster.servers:
-        print(f"{server!s:40} {f'up, {server.running} meetings' if server in cluster.up() else f'UNUSABLE: {server.reason}'}")
-    return 0 if cluster.up() == cluster.servers else 1
+    print(*cluster.asking.map(examine, cluster.servers), sep="\n")
+    bad = len(cluster.servers) - len(cluster.up())
+    print(f"Mend {bad} of {len(cluster.servers)}, or take them out of {options.servers}." if bad else "All is well.")
+    return 1 if bad else 0
 def url(options: argparse.Namespace) -> int:
+    """Print the signed URL of a call."""
     call, _, query = options.call.partition("?")
     host = f"[{options.bind}]" if ":" in options.bind else options.bind or "localhost"
-    scheme, query = "https" if load_tls() else "http", sign(call, query, load_secrets()[0])
-    print(f"{scheme}://{host}:{options.port}/bigbluebutton/api/{call}?{query}")
+    query = sign(call, query, load_secrets()[0])
+    print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?{query}")
     return 0
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {"serve": serve, "check": check, "url": url}
-    parser = argparse.ArgumentParser("tinyscale.py", description="Makes several BigBlueButton servers look like one. See README.md.")
-    parser.add_argument("command", nargs="?", default="serve", choices=commands, help="serve, try all servers, print a URL")
+    parser = argparse.ArgumentParser(
+        "tinyscale.py", description="Makes several BigBlueButton servers look like one. In the environment also: "
+        "TINYSCALE_SECRET or TINYSCALE_SECRET_FILE; to serve HTTPS TINYSCALE_CERT and TINYSCALE_KEY; to have /status "
+        "and /metrics TINYSCALE_STATUS_PASSWORD. README.md tells more.")
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "check", "url"),
+                        help="serve, try all servers, or print a signed URL")
     parser.add_argument("call", nargs="?", default="getMeetings", help="for url, such as 'getMeetingInfo?meetingID=x'")
-    for name, variable, default in (("port", "PORT", "3005"), ("bind", "TINYSCALE_BIND", ""),
-                                    ("servers", "TINYSCALE_SERVERS", "servers.json")):
-        parser.add_argument(f"--{name}", default=os.environ.get(variable) or default, help=f"{variable} ({default or 'all'})")
+    for variable, default in (("PORT", "3005"), ("TINYSCALE_BIND", ""), ("TINYSCALE_SERVERS", "servers.json")):
+        parser.add_argument(f"--{variable.split('_')[-1].lower()}", default=os.environ.get(variable) or default,
+                            help=f"{variable} in the environment; by default {default or 'all addresses'}")
     options = parser.parse_args(argv)
     try:
-        if not 0 <= number(options.port) < 65536:
-            raise SettingsError(f"PORT {options.port!r} is no port. It must be a number up to 65535.")
-        return commands[options.command](options)
+        return {"serve": serve, "check": check, "url": url}[options.command](options)
     except SettingsError as error:
         print(f"tinyscale: {error}", file=sys.stderr, flush=True)
         return 2
-
 if __name__ == "__main__":
-    status = main()
+    exit_status = main()
     sys.stdout.flush()
-    os._exit(status)        # the threads of the pools may wait for a hung server, and Python would wait for them
+    os._exit(exit_status)       # the threads of the pools may wait for a hung server, and Python would wait for them
