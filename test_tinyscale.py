@@ -831,7 +831,7 @@ class RoutingTest(ClusterTest):
         other = self.fakes[1]
         other.meetings["room"] = owner.meetings.pop("room")
         self.assertTrue(self.get("join", "meetingID=room&fullName=X").headers["Location"].startswith(owner.url))
-        self.clock.ahead += tinyscale.FRESH
+        self.clock.ahead += tinyscale.MEETING_TTL
         self.assertTrue(self.get("join", "meetingID=room&fullName=X").headers["Location"].startswith(other.url))
 
     def test_twins_are_named_once_and_the_newer_one_counts(self):
@@ -865,6 +865,17 @@ class RoutingTest(ClusterTest):
         self.assertEqual(self.get("join", "meetingID=room&fullName=X", method="POST").status, 405)
         with mock.patch.object(tinyscale.Handler, "body", side_effect=AssertionError("it was read")):       # every guest has a link
             self.assertEqual(self.get("join", "meetingID=room&fullName=X", body=b"<" * 10**6, headers={"Content-Type": "text/xml"}).status, 405)
+
+    def test_the_checksum_of_a_join_link_is_good_for_nothing_else(self):
+        """Call and query are hashed without a separator, so its boundary can be moved."""
+        self.create("room")
+        self.survey()
+        query = signed("join", "fullName=G&meetingID=room")
+        for moved in (f"joinfullName?={query[len('fullName='):]}", f"joi?n{query}", f"join/x?{query}", f"j?oin{query}"):
+            for method, body in (("GET", None), ("POST", b"<x/>")):
+                answer = self.http(f"/bigbluebutton/api/{moved}", method, body, {"Content-Type": "text/xml"})
+                self.assertEqual(answer.status, 404, moved)
+        self.assertEqual([fake.calls for fake in self.fakes], [[], [], []])
 
     def test_a_breakout_room_is_created_on_its_parents_server(self):
         self.create("zero")
@@ -1242,17 +1253,46 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.http("/health").status, 200)
 
     def test_an_answer_in_drops_has_a_deadline(self):
-        def drops(handler):
-            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-            with contextlib.suppress(OSError):
-                while not handler.bbb.released.wait(0.1):
-                    handler.wfile.write(b"x")
-        self.fakes[0].put("room")
+        def drops(before, drop):
+            def fault(handler):
+                handler.close_connection = True
+                handler.wfile.write(before)
+                with contextlib.suppress(OSError):
+                    while not handler.bbb.released.wait(0.05):
+                        handler.wfile.write(drop)
+            return fault
+        head = b"HTTP/1.1 200 OK\r\n"
+        for before, drop in ((head + b"Content-Length: 1000\r\n\r\n", b"x"), (head + b"X: ", b"x"), (b"HTTP/1.1 1", b"0"),
+                             (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (head + b"Transfer-Encoding: chunked\r\n\r\n", b"0")):
+            with self.subTest(drop):
+                self.fakes[0].put("room")
+                self.survey()
+                self.fakes[0].faults["getMeetingInfo"] = drops(before, drop)
+                answers = []
+                client = threading.Thread(target=lambda answers=answers: answers.append(self.get("getMeetingInfo", "meetingID=room")))
+                client.start()
+                self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo")))
+                for _ in range(2):                          # it may begin once more if the connection had been kept
+                    self.clock.ahead += 2
+                    self.survey()                           # cuts off what is overdue
+                    client.join(1)
+                self.assertEqual(answers[0].messageKey, "serverUnavailable")
+                self.assertEqual(tinyscale.KeepAliveHandler.deadlines, {})
+                self.fakes[0].up()
+                self.fakes[0].faults.clear()
+                self.survey()
+
+    def test_a_connection_with_more_to_come_is_not_kept(self):
+        for number in range(2):
+            self.fakes[0].put(f"room{number}")
         self.survey()
-        self.fakes[0].faults["getMeetingInfo"] = drops
-        started = time.monotonic()
-        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "serverUnavailable")
-        self.assertLess(time.monotonic() - started, 3)
+        self.fakes[0].faults["getMeetingInfo"] = lambda handler: sends(b"HTTP/1.1 103 Early Hints\r\n\r\n", then_close=False)(
+            handler) or proper(handler)
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room0").messageKey, "serverUnavailable")
+        self.fakes[0].faults.clear()
+        self.survey()
+        for number in (1, 0, 1):
+            self.assertEqual(self.get("getMeetingInfo", f"meetingID=room{number}").meetingID, f"room{number}")
 
     def test_a_message_of_a_server_cannot_forge_lines_of_the_log(self):
         self.fakes[0].faults["getMeetings"] = lambda handler: failed("x\nforged line" + "y" * 500)
@@ -1429,6 +1469,17 @@ class ListsTest(ClusterTest):
         self.fakes[0].faults["getMeetings"] = self.fakes[1].faults["getMeetings"]       # twins: each is shown once
         self.assertEqual(sorted(item.findtext("meetingID") for item in self.get("getMeetings").xml.findall("meetings/meeting")),
                          ["room1", "room2"])
+
+    def test_a_tag_that_is_none_misleads_nobody(self):
+        meeting = "<meeting><meetingID>%s</meetingID></meeting>"
+        for number, fake in enumerate(self.fakes):
+            fake.faults["getMeetings"] = status(200, (
+                "<response><!--<meetings>--><returncode>SUCCESS</returncode><meetings>" + meeting % 0 + "</meetings></response>",
+                "<response><returncode>SUCCESS</returncode><meetings>" + meeting % 1 + "</meetings><x><![CDATA[</meetings>]]></x></response>",
+                "<response><returncode>SUCCESS</returncode><meetings >" + meeting % 2 + "</meetings ><!-- <meetings> </meetings> --></response>"
+            )[number], "text/xml")
+        answer = self.get("getMeetings")
+        self.assertEqual(sorted(item.findtext("meetingID") for item in answer.xml.findall("meetings/meeting")), ["0", "1", "2"])
 
     def test_what_could_mean_something_else_elsewhere_is_left_out(self):
         for fake in self.fakes:
@@ -1848,6 +1899,18 @@ class HttpTest(ClusterTest):
             self.assertTrue(until(lambda: "\n" in self.log.getvalue()))
             self.assertRegex(self.log.getvalue().strip("\0"), r"^(-|getMeetings) '' 127.0.0.1 (notFound|checksumError|badRequest) (200|404|431) \d{1,4} ms\n$")
 
+    def test_no_head_takes_long_to_refuse(self):
+        for head in (b"GET http://" + b"a" * 65000 + b" HTTP/2.0\r\n\r\n", b"GET http://" + b"a." * 32000 + b"\r\n\r\n",
+                     b"GET /" + b"http://" * 9000 + b" HTTP/1.2\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a:" * 32000 + b"\0\r\n\r\n"):
+            started = time.monotonic()
+            self.assertIn(b" 400 ", self.talk(head))
+            self.assertLess(time.monotonic() - started, 5)          # it was 29 s, with all others waiting
+
+    def test_a_stranger_cannot_fill_the_log(self):
+        self.http("/bigbluebutton/api/" + "A" * 60000)
+        self.assertTrue(until(lambda: "checksumError" in self.log.getvalue()))
+        self.assertLess(len(self.log.getvalue()), 1000)
+
     def test_the_absolute_form_of_a_target_is_taken(self):
         for target in ("http://any.example.org" + self.PATH, "HTTPS://x:1" + self.PATH):
             received = self.talk(f"GET {target} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
@@ -1881,7 +1944,7 @@ class HttpTest(ClusterTest):
                 connection.sendall(data.encode())
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.assertTrue(until(lambda: self.log.getvalue().count("\n") == 1), self.log.getvalue())
-            self.assertIn("127.0.0.1 went away", self.log.getvalue())
+            self.assertIn("127.0.0.1 broke off", self.log.getvalue())
         self.assertTrue(until(lambda: not self.balancer.handlers))
 
     def test_a_mistake_of_ours_is_answered_and_logged_without_its_text(self):
@@ -1950,6 +2013,22 @@ class CrowdTest(ClusterTest):
         until(lambda: len(self.balancer.handlers) == CROWD)
         self.clock.ahead += 2
         self.assertEqual(self.http("/health").status, 200)
+
+    def test_who_never_stops_asking_must_go_too(self):
+        stop = threading.Event()
+        self.addCleanup(stop.set)
+
+        def ask_on(connection):
+            with contextlib.suppress(OSError):
+                while not stop.wait(0.05):
+                    connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+                    if not connection.recv(1000):
+                        return
+        for connection in self.open(CROWD):
+            threading.Thread(target=ask_on, args=(connection,), daemon=True).start()
+        self.assertTrue(until(lambda: len(self.balancer.handlers) == CROWD))
+        self.clock.ahead += 2
+        self.assertEqual([self.http("/health").status for _ in range(5)], [200] * 5)
 
     def test_who_is_being_answered_may_stay(self):
         gate, arrived = threading.Event(), threading.Event()
@@ -2048,10 +2127,10 @@ class WatchingTest(ClusterTest):
         for wrong in (" style=", "src=", "href=", "@import", "url("):
             self.assertNotIn(wrong, page)
         first, second, third, meetings = re.findall("<tr.*?(?=<tr|<h2|$)", page.partition("<h2>")[0], re.DOTALL) + [page.partition("<h2>")[2]]
-        self.assertIn(f'<tr class="up"><th>{self.fakes[0].url}<td>up<td>2 meetings<meter max="7" value="2"></meter>'
+        self.assertIn(f'<tr class="up"><th>{self.fakes[0].url}<td>up<td>2 meetings<meter max="2" value="2"></meter>'
                       '<td>4 people<meter max="7" value="4"></meter>', first)
         self.assertTrue(first.endswith(" ms<td>1 placed"), first)
-        self.assertIn('class="cord"><th>' + self.fakes[1].url + "<td>cordoned<td>1 meetings", second)
+        self.assertIn('class="cordoned"><th>' + self.fakes[1].url + "<td>cordoned<td>1 meetings", second)
         self.assertIn(f'class="down"><th>{self.fakes[2].url}<td>down for 2 min: no connection: ', third)
         self.assertIn(f"<tr><th>{html.escape(markup)}<td>{self.fakes[0].url}<td>3 people", meetings)
         self.assertEqual(re.findall("<th>([a-z]+)<", meetings), ["new", "room", "zoo"])
@@ -2130,7 +2209,9 @@ class SettingsTest(unittest.TestCase):
         content = [{"host": "https://b", "secret": "s"}]
         with self.assertLogs("tinyscale", "WARNING") as logs:
             self.load(content, 0o644)
-        self.assertIn("chmod o-r", logs.output[0])
+        self.assertIn("chmod o-rw", logs.output[0])
+        with self.assertLogs("tinyscale", "WARNING"):
+            self.load(content, 0o602)
         with self.assertLogs("tinyscale", "WARNING") as logs:
             tinyscale.log.warning("nothing else")
             self.load(content, 0o640)
@@ -2144,7 +2225,7 @@ class SettingsTest(unittest.TestCase):
                                          ("first", file.name, ["first", "third", "fourth"])):
                 with mock.patch.dict(os.environ, TINYSCALE_SECRET=text, TINYSCALE_SECRET_FILE=path):
                     self.assertEqual(tinyscale.load_secrets(), expected)
-        for text, path, words in (("", "", "there is none"), (" ", "", "blank"), ("a,,b", "", "blank"), ("a, ", "", "blank"),
+        for text, path, words in (("", "", "there is none"), (" ", "", "blank"), ("a,,b", "", "blank"), ("a, ", "", "blank"), ("a\udcffb", "", "blank"),
                                   ("", "/nowhere/secret", "TINYSCALE_SECRET_FILE"), ("a", os.devnull + "/x", "TINYSCALE_SECRET_FILE")):
             with self.assertRaises(tinyscale.SettingsError) as caught, mock.patch.dict(
                     os.environ, TINYSCALE_SECRET=text, TINYSCALE_SECRET_FILE=path):
@@ -2385,9 +2466,9 @@ class ProcessTest(unittest.TestCase):
         *rows, last = output.splitlines()
         self.assertEqual(last, "All is well.")
         for row, fake, shown in zip(rows, [*self.fakes, secure], (
-                r"cordoned +\d+ ms, BBB 3.0.4 +sha1 +certificate +-, +0 meetings, +0 people",
-                r"up +\d+ ms, BBB 3.0.4 +sha512 +certificate +-, +0 meetings, +0 people",
-                r"up +\d+ ms, BBB 3.0.4 +sha1 sha256 sha384 sha512 +certificate 3\d{4} d, +1 meetings, +7 people")):
+                r"cordoned +\d+ ms, BBB '3.0.4' +sha1 +certificate +-, +0 meetings, +0 people",
+                r"up +\d+ ms, BBB '3.0.4' +sha512 +certificate +-, +0 meetings, +0 people",
+                r"up +\d+ ms, BBB '3.0.4' +sha1 sha256 sha384 sha512 +certificate 3\d{4} d, +1 meetings, +7 people")):
             self.assertRegex(row, f"^{fake.url} +{shown}$")
 
     def test_check_fails_if_a_server_is_unusable_and_tells_a_wrong_secret_from_an_unreachable_server(self):
@@ -2436,7 +2517,7 @@ class ProcessTest(unittest.TestCase):
         with open(certificate, "w") as file:
             file.write(CERTIFICATE)
         process.send_signal(signal.SIGHUP)
-        self.assertIn("They must be PEM files that fit together. The settings stay", next(line for line in process.stderr if "settings" in line))
+        self.assertIn("They must be PEM files that fit. The settings stay", next(line for line in process.stderr if "settings" in line))
         self.assertEqual(version(trust), "2.0")
 
     def test_new_secrets_in_the_file_count_after_a_sighup(self):

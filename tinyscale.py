@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 """tinyscale makes several BigBlueButton (BBB) servers look like one.
 
-    TINYSCALE_SECRET=... python3 tinyscale.py            serve port 3005, in front of ./servers.json
-
 It verifies the checksum of each API call, finds the server that runs the meeting, signs the call again with that
 server's secret and relays the answer. A meeting that exists nowhere is created on the next server of the list, in turn.
-The way of a call, from top to bottom and never back up:
+The way of a call, which never goes back; the file has it from the bottom up, each thing above its first use:
     accept()             LoadBalancer       a thread for each connection
       read_head()        Handler            refuses what is not plain HTTP
       read_call()        Handler, verify    the checksum first, only then the body (a form is the query)
@@ -14,19 +12,18 @@ The way of a call, from top to bottom and never back up:
             call()       Server             signed again; a failure marks the server down
       respond()          Handler            the answer, and a line in the log
 
-In memory is where each meeting was last seen, and which servers are down: hints, renewed by asking the servers every
-ten seconds. It holds your servers' secrets: read it before you run it, first verify, who may call; Handler.body, what
-strangers may send; Server.call, what servers are sent, and may answer; load_servers, what is taken for a server.
+In memory is where each meeting was last seen and which servers are down: hints, renewed by a survey every ten seconds.
+It holds your servers' secrets, so read it before you run it: first verify (who may call), Handler.body (what strangers
+may send), Server.call (what servers are sent and may answer) and load_servers (what is taken for a server).
 """
-from __future__ import annotations
-
 # isort: off
+from __future__ import annotations
 import argparse, base64, collections, contextlib, email.utils, hashlib, hmac, html, http.client, http.server, json
 import logging, os, re, resource, signal, socket, socketserver, ssl, sys, threading, time, traceback, urllib.error
 import urllib.request, weakref, xml.etree.ElementTree as ET
 from concurrent import futures
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, ClassVar, Iterable, Iterator, NamedTuple, Sequence
 from urllib.parse import quote_plus, unquote_plus, urlsplit
 __version__ = "1.1"
 log = logging.getLogger("tinyscale")
@@ -34,24 +31,24 @@ log = logging.getLogger("tinyscale")
 # ---- limits ----------------------------------------------------------------------------------------------------------
 CONNECT_TIMEOUT, PATIENCE = 3, 3    # seconds to reach a server, TLS included; to answer what several are asked at once
 ANSWER_TIMEOUT, WORK_TIMEOUT = 10, 60       # seconds for an answer to other calls; to a create, or a call with a body
-SURVEY_INTERVAL, FRESH = 10, 30     # seconds between surveys of all servers; how long memory is believed: two may fail
-ABSENT = 1                          # seconds for which it is believed that no server has a meeting: clients poll for it
+SURVEY_INTERVAL, MEETING_TTL = 10, 30       # seconds between surveys; for which a place is believed: two may fail
+ABSENCE_TTL = 1                     # seconds for which "no server has this meeting" is believed: waiting clients poll
 HOLD, RETRY_AFTER = 30, 5           # seconds for which a server that is down keeps its meetings; until browsers retry
 IDLE_TIMEOUT, LINGER = 75, 2        # seconds of a client's silence (nginx's is 60); for a refused one to end sending
 DRAIN_TIMEOUT = 10                  # seconds that a stop waits for calls in progress
 MAX_CONNECTIONS, BACKLOG = 1000, 1024       # clients, a thread each; those that wait to be accepted when school begins
-MAX_POOL, MAX_IDLE = 32, 30         # connections kept to a server; seconds each waits for a call (nginx waits 75)
+MAX_POOL, POOL_TIMEOUT = 32, 30     # connections kept to a server; seconds each waits for a call (nginx waits 75)
 MAX_PROBES, MAX_ASKED = 64, 1000    # meetings searched for at once; calls put to several servers at once, a thread each
 MAX_HEAD, MAX_BODY = 2**16, 100 * 2**20     # bytes of a request's head, or of a form; of slides
-MAX_ANSWER = 64 * 2**20             # bytes of a server's answer: some 20,000 recordings
+MAX_ANSWER = 32 * 2**20             # bytes of a server's answer: some 10,000 recordings
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 NOTHING = ET.Element("nothing")         # in place of an answer that is no XML of BBB
 READS = {"getMeetings", "getMeetingInfo", "isMeetingRunning", "getRecordings"}      # change nothing: may be repeated
-PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))    # to translate, for XML
+PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))    # XML forbids others
 @dataclass
 class Request:
-    """A call; one of a client's only after its checksum was right."""
+    """A call, a client's or our own. What a client sent is in it only once its checksum was right."""
     call: str                           # what follows /bigbluebutton/api/
     query: str = ""                     # raw, without its checksum: it goes on byte for byte
     params: dict[str, str] = field(default_factory=dict)        # the same, decoded
@@ -62,8 +59,8 @@ class Request:
     chosen: str = ""                    # for the log: which server, and why
     def __post_init__(self) -> None:
         self.meeting_id = self.params.get("meetingID", "")
-        ids = unquote_plus(self.params["recordID"]).split(",") if "recordID" in self.params else []     # decoded twice,
-        self.record_ids = {text.strip() for text in ids} - {""}                                         # as BBB does
+        record_ids = unquote_plus(self.params.get("recordID", ""))      # decoded a second time, as BBB does
+        self.record_ids = {text.strip() for text in record_ids.split(",")} - {""}
 class Response(NamedTuple):
     """An answer, a server's or our own."""
     status: int
@@ -90,36 +87,36 @@ class Unavailable(ApiError):
 RETRY_TEXTS = {     # by language: title and text of the page
     "en": ("One moment, please", "The server of this room cannot be reached right now. This page tries again itself."),
     "de": ("Einen Moment bitte", "Der Server dieses Raums ist gerade nicht erreichbar. Die Seite versucht es weiter.")}
-STYLE = """body{font:1em/1.5 sans-serif;margin:2em;color-scheme:light dark}table{border-collapse:collapse}
-.down{color:red}td,th{padding:.4em 1em .4em 0;border-top:1px solid #8886;text-align:left;overflow-wrap:anywhere}
-@media(max-width:50em){tr{border-top:1px solid #8886}td,th{display:block;border:0;padding:0}}"""
+STYLE = """:root{font:1em/1.5 sans-serif;padding:1em;color-scheme:light dark}table{border-collapse:collapse}
+td,th{padding:.4em 2em .4em 0;border-top:1px solid #8886;text-align:left;max-width:30em;overflow-wrap:break-word}
+.down{color:red}meter{display:block}@media(max-width:50em){tr,th{display:block}td{display:inline-block;border:0}}"""
 def page(language: str, title: str, body: str, seconds: int, status: int = 200) -> Response:
     """A page of HTML that is loaded again after so many seconds, and loads nothing else."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    text = (f'<!DOCTYPE html><html lang="{language}"><meta charset="utf-8"><meta name="viewport" content="width='
-            f'device-width"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{body}')
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    text = f'<!DOCTYPE html><html lang="{language}">{head}<style>{STYLE}</style><h1>{title}</h1>{body}'
     return Response(status, text.encode(), [
         ("Content-Type", "text/html;charset=utf-8"), ("Refresh", str(seconds)), ("Retry-After", str(seconds)),
         ("Cache-Control", "no-store"), ("Content-Security-Policy", f"default-src 'none'; style-src 'sha256-{digest}'")])
 VERSION = Response(200, b"<response><returncode>SUCCESS</returncode><version>2.0</version>"
                         b"<apiVersion>2.0</apiVersion></response>")
-LISTS = {   # call -> its list, an item, what identifies it, what tells the newest, BBB's words (and typo) without items
+LISTS = {   # call -> the list's tag, an item's, its ID's, its time's ("": none); BBB's words (and typo) if it is empty
     "getMeetings": ("meetings", "meeting", "meetingID", "createTime", (
         "<meetings/><messageKey>noMeetings</messageKey><message>no meetings were found on this server</message>")),
-    "getSessions": ("sessions", "meeting", "", "none", (
+    "getSessions": ("sessions", "meeting", "", "", (
         "<sessions/><messageKey>noSessions</messageKey><message>no sessions were found on this serverr</message>")),
     "getRecordings": ("recordings", "recording", "recordID", "startTime", ("<recordings></recordings>"
         "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
-    "hooks/list": ("hooks", "hook", "callbackURL", "none", "<hooks></hooks>")}
+    "hooks/list": ("hooks", "hook", "callbackURL", "", "<hooks></hooks>")}
 def parse(response: Response) -> Response:
-    """The response with its xml, if it is sound, which is how BBB writes it: UTF-8, no DTD, no attributes."""
+    """The response with its xml, if it begins as BBB's: nothing before <response> could declare entities. In UTF-8."""
     body = response.body.translate(PRINTABLE)
     with contextlib.suppress(ET.ParseError, ValueError):
         if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml [^>]*>\s*)?<response>", body):
             return response._replace(xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
     return response
 def number(text: str | None) -> int:
-    """A number in BBB's XML or parameters; -1 if the text is none."""
+    """A number in BBB's XML or parameters; -1 if the text is no such number."""
     return int(text) if text and re.fullmatch("[+]?[0-9]{1,18}", text) else -1
 def merge(call: str, answers: Iterable[Response]) -> list[ET.Element]:
     """The items of several answers to a call of LISTS, the newest first; of those with one identity only the newest."""
@@ -149,14 +146,14 @@ def verify(call: str, query: str, secrets: Iterable[str], form: bool = False) ->
     """Check the checksum in a raw query, or in a form, which may also be signed as if it were empty (BBB since 2.6.18).
     Return the query without it, and the decoded parameters. Raises ApiError if it is missing, repeated or wrong, or if
     meetingID or recordID is repeated: BBB's calls differ in which one counts, so a server might take the other one."""
-    given = [part[len("checksum="):].lower() for part in query.split("&") if part.startswith("checksum=")]
-    digest, unsigned = DIGESTS.get(len(given[0]), "") if len(given) == 1 else "", without(query, "checksum")
+    given = [part.partition("=")[2].lower() for part in query.split("&") if part.startswith("checksum=")]
+    digest, unsigned = (DIGESTS.get(len(given[0]), "") if len(given) == 1 else ""), without(query, "checksum")
     right = [checksum(call, text, secret, digest) for text in ([unsigned, ""] if form else [unsigned])
              for secret in secrets if digest and secret.strip()]            # a blank secret never verifies anything
     if any(hmac.compare_digest(text.encode(), given[0].encode()) for text in right):
-        parts = [part.partition("=") for part in query.split("&") if part]  # parse_qsl may split at ";" as well
-        pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in parts]
-        if max(map([name for name, _ in pairs].count, ("checksum", "meetingID", "recordID"))) == 1:
+        raw = [part.partition("=") for part in query.split("&") if part]    # parse_qsl may split at ";" as well
+        pairs = [(unquote_plus(name), unquote_plus(value)) for name, _, value in raw]
+        if all(sum(name == once for name, _ in pairs) < 2 for once in ("checksum", "meetingID", "recordID")):
             return unsigned, dict(reversed(pairs))      # of other repeated ones the first counts, as in BBB
     raise ApiError("checksumError", "Checksums do not match")
 
@@ -179,7 +176,7 @@ def origin(url: Any) -> str:
     return ""
 RULES: dict[str, tuple[Callable[[Any], Any], str]] = {      # key of an entry -> what tests it, what it must be
     "host": (origin, 'must look like "https://bbb1.example.org"'),
-    "secret": (lambda text: isinstance(text, str) and text.strip() and text.isprintable(), "is in 'bbb-conf --secret'"),
+    "secret": (lambda it: isinstance(it, str) and it.strip() and it.isprintable(), "must be as in 'bbb-conf --secret'"),
     "weight": (lambda value: type(value) is int and 1 <= value <= 100, "must be a whole number from 1 to 100"),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
     "checksum": (lambda value: value in DIGESTS.values(), f"must be one of {', '.join(DIGESTS.values())}")}
@@ -194,8 +191,8 @@ def load_servers(path: str) -> list[Entry]:
     """Read servers.json. Raises SettingsError: nothing half valid comes out."""
     with mistakes(path, "It must be JSON like servers.json.example."), open(path, encoding="utf-8-sig") as file:
         items = json.load(file)
-        if os.fstat(file.fileno()).st_mode & 0o004:
-            log.warning("%s holds secrets, but everyone may read it. Mend it with: chmod o-r %s", path, path)
+        if os.fstat(file.fileno()).st_mode & 0o006:
+            log.warning("%s holds secrets, but is open to everyone. Mend it with: chmod o-rw %s", path, path)
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise SettingsError(f'{path}: must be a list of servers: [{{"host": "...", "secret": "..."}}, ...]')
     entries: dict[str, Entry] = {}
@@ -215,7 +212,7 @@ def load_secrets() -> list[str]:
     text, path = os.environ.get("TINYSCALE_SECRET", ""), os.environ.get("TINYSCALE_SECRET_FILE", "")
     with mistakes(f"TINYSCALE_SECRET_FILE {path}", "It must hold the secrets."), open(path or os.devnull) as file:
         secrets = [*(text.split(",") if text else ()), *filter(str.strip, file)]
-    if not secrets or not all(map(str.strip, secrets)):
+    if not all(text.strip() and text.strip().isprintable() for text in secrets or [""]):
         raise SettingsError(f"TINYSCALE_SECRET: {'a secret is blank' if secrets else 'there is none'}. Set it to what "
                             "the front ends shall use, for example to the output of: openssl rand -hex 32")
     return [secret.strip() for secret in secrets]
@@ -226,63 +223,67 @@ def load_tls() -> ssl.SSLContext | None:
         return None
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.minimum_version = ssl.TLSVersion.TLSv1_2            # the default only since Python 3.10
-    with mistakes(f"TINYSCALE_CERT {cert}, TINYSCALE_KEY {key}", "They must be PEM files that fit together."):
+    with mistakes(f"TINYSCALE_CERT {cert}, TINYSCALE_KEY {key or 'in it'}", "They must be PEM files that fit."):
         tls.load_cert_chain(cert, key or None, lambda: "")  # a pass phrase is never asked for
     return tls
 
 # ---- one BBB server --------------------------------------------------------------------------------------------------
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Keeps connections to a server open. It may close one just as we write to it, and nobody knows then whether it saw
-    the request: so what must not be sent twice says "Connection: close", and gets a connection of its own."""
+    """Keeps connections to a server open. A server may close one just as we write to it, and nobody knows then whether
+    it saw the request: so what must not be sent twice says "Connection: close", and gets a connection of its own."""
     trust = ssl.create_default_context()                    # the system's authorities, or SSL_CERT_FILE
+    deadlines: ClassVar[dict[socket.socket, float]] = {}    # of answers that are being read, of all servers
     def __init__(self) -> None:
         super().__init__(context=self.trust)
         self.idle: collections.deque[tuple[float, http.client.HTTPConnection]] = collections.deque()
     def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> Any:
         """Return the Response. Raises URLError if there is no connection, else OSError or HTTPException."""
-        while self.idle and not req.has_header("Connection"):
+        end = time.monotonic() + CONNECT_TIMEOUT + (req.timeout or 0)
+        while self.idle and time.monotonic() < end and not req.has_header("Connection"):
             with contextlib.suppress(IndexError, ConnectionError, ssl.SSLEOFError):     # taken or closed meanwhile
                 since, connection = self.idle.pop()
-                if time.monotonic() - since < MAX_IDLE:
-                    return self.exchange(connection, req)
+                if time.monotonic() - since < POOL_TIMEOUT:
+                    return self.exchange(connection, req, end)
                 connection.close()
         connection = http_class(req.host, timeout=CONNECT_TIMEOUT, **http_conn_args)
         try:
             connection.connect()
         except OSError as error:
             raise urllib.error.URLError(str(error)) from error
-        return self.exchange(connection, req)
-    def exchange(self, connection: http.client.HTTPConnection, req: urllib.request.Request) -> Response:
+        return self.exchange(connection, req, end)
+    def exchange(self, connection: http.client.HTTPConnection, req: urllib.request.Request, end: float) -> Response:
         """Send the request and read the whole answer; then keep the connection, or close it."""
+        sock, keep = connection.sock, False
+        self.deadlines[sock] = end
         try:
-            connection.sock.settimeout(req.timeout)
+            sock.settimeout(req.timeout)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it may have refused a body half sent
                 connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
-            answer, body, end = connection.getresponse(), bytearray(), time.monotonic() + (req.timeout or 0)
-            length = answer.length
-            while len(body) != length and not answer.isclosed() and len(body) <= MAX_ANSWER and time.monotonic() < end:
-                body += answer.read1(2**16)
-            if len(body) != length and not (length is None and answer.isclosed()):      # cut short, too long, in drops
-                raise http.client.IncompleteRead(b"")
-            answer.close()
-        except BaseException:
-            connection.close()                              # never kept half read
-            raise
-        if connection.sock and not req.has_header("Connection") and len(self.idle) < MAX_POOL:
-            self.idle.append((time.monotonic(), connection))
-        else:                                               # without a sock: the server said that it closes
-            connection.close()
+            with connection.getresponse() as answer:
+                body, length = bytearray(), answer.length
+                while len(body) != length and not answer.isclosed():
+                    body += answer.read1(2**16)
+                    cut = answer.isclosed() and length not in (None, len(body))
+                    if cut or len(body) > MAX_ANSWER or time.monotonic() > end:     # or it comes in drops
+                        raise http.client.IncompleteRead(b"")       # no sock: the server closes; after a 1xx more comes
+            keep = bool(connection.sock and answer.status > 199 and not req.has_header("Connection"))
+        finally:
+            del self.deadlines[sock]
+            if keep and len(self.idle) < MAX_POOL:
+                self.idle.append((time.monotonic(), connection))
+            else:
+                connection.close()
         return Response(answer.status, bytes(body), [
             (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for name in ("Content-Type", "Location", "Set-Cookie")
             for value in answer.headers.get_all(name, []) if value])
 def trouble(call: str, response: Response) -> tuple[str, bool]:
-    """Why an answer tells more of the server than of the call, so that no caller may see it; and if it is an outage."""
+    """What is wrong with the server that answers so, "" if nothing is; and whether this takes it down, an outage."""
     status, xml = response.status, response.xml
     if xml.findtext("messageKey") == "checksumError":
         return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
-    gone = status in (502, 503, 504) or status < 200 or 300 <= status < 400 and call != "join"      # BBB is not there
-    broken = gone or call in READS and (status >= 500 or status < 300 and xml is NOTHING)
-    return f"HTTP {status} without an answer of BigBlueButton" if broken else "", gone or call == "getMeetings"
+    gone = status in (502, 503, 504) or status < 200 or (300 <= status < 400 and call != "join")    # BBB is not there
+    broken = gone or (call in READS and (status >= 500 or (status < 300 and xml is NOTHING)))   # maybe for one meeting
+    return (f"HTTP {status} without an answer of BigBlueButton" if broken else ""), gone or call == "getMeetings"
 class Server:
     """One BBB server: how to call it, and whether it is up. Times are time.monotonic's seconds."""
     def __init__(self, entry: Entry) -> None:
@@ -310,8 +311,8 @@ class Server:
             response = parse(self.opener.open(signed, timeout=timeout))
         except urllib.error.URLError as error:
             raise self.failed(call, f"no connection: {error.reason}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:       # its text may quote what was sent
-            silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else others got answers
+        except (OSError, http.client.HTTPException, ValueError) as error:       # only its type: its text may quote
+            silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else another call was answered
             reason = f"no answer in {timeout} s" if silent else f"broken answer: {type(error).__name__}"
             raise self.failed(call, reason, acted=True, outage=outage) from error
         reason, outage = trouble(call, response)
@@ -320,19 +321,13 @@ class Server:
         self.answered, self.took = time.monotonic(), time.monotonic() - asked
         return response
     def failed(self, call: str, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
-        """The error to raise; an outage marks the server down, unless it is one of its webhooks: another program."""
+        """Return the error to raise; log news. An outage marks the server down, but webhooks are another program."""
         news, outage = self.down_since is None or self.reason != reason, outage and not call.startswith("hooks/")
         if outage:
             self.down_since, self.reason = self.down_since or time.monotonic(), reason
         if news:
             log.warning("%s %s: %s", self, "is down" if outage else f"failed at {call}", reason)
         return Unavailable(acted)
-def log_error(where: str, error: BaseException | None) -> None:
-    """Log that a client went away; or an error of ours, without its text, which might quote a query."""
-    if isinstance(error, OSError):
-        return log.info("%s went away: %s", where, error)
-    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
-              "".join(traceback.format_tb(error.__traceback__ if error else None)))
 
 # ---- all servers -----------------------------------------------------------------------------------------------------
 class Meeting(NamedTuple):
@@ -353,8 +348,7 @@ class Cluster:
         self.asking, self.probing = futures.ThreadPoolExecutor(MAX_ASKED), futures.ThreadPoolExecutor(MAX_PROBES)
         self.probes: dict[str, tuple[futures.Future[tuple[Server | None, bool]], float]] = {}   # by meetingID, and when
         self.twins: set[str] = set()                # meetings that the last survey found on more than one server
-        self.answered: dict[tuple[str, str], int] = collections.Counter()   # (call, outcome) -> how many, and below
-        self.seconds: dict[tuple[str, str], float] = collections.defaultdict(float)     # how long they took in all
+        self.totals: dict[tuple[str, str, str], float] = collections.defaultdict(float)     # of calls, for metrics
     def use(self, entries: Sequence[Entry]) -> None:
         """Take these servers from now on. One that stays keeps its state and its meetings."""
         with self.lock:
@@ -365,30 +359,29 @@ class Cluster:
             self.meetings = {key: meeting for key, meeting in self.meetings.items() if meeting.server in self.servers}
     def up(self) -> list[Server]:
         return [server for server in self.servers if server.down_since is None]
-    def ask(self, servers: Iterable[Server], request: Request, patience: float) -> Iterator[tuple[Server, Response]]:
+    def ask(self, servers: Iterable[Server], request: Request, seconds: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
         asked = {self.asking.submit(server.call, request): server for server in servers}
         with contextlib.suppress(futures.TimeoutError):     # who stays silent fails a little later, and is marked down
-            for future in futures.as_completed(asked, patience):
+            for future in futures.as_completed(asked, seconds):
                 with contextlib.suppress(Unavailable):      # logged where it was found out
                     yield asked[future], future.result()
     def find(self, meeting_id: str, for_sure: bool = False) -> tuple[Server | None, str]:
-        """The server that has the meeting, None if none that is up has it, and how that is known: for sure, or by a
-        probe of the last second. Raises Unavailable while its server is down and may come back with it."""
+        """The server that has the meeting, or None; and how we know. Raises Unavailable while its server is down."""
         known, now = self.meetings.get(meeting_id), time.monotonic()
-        if known and known.server.down_since is None and now - known.heard < FRESH:
+        if known and known.server.down_since is None and now - known.heard < MEETING_TTL:
             return known.server, "remembered"
-        if known and now - (known.server.down_since or -HOLD) < HOLD:
+        if known and now - (known.server.down_since or -HOLD) < HOLD:       # -HOLD: it is up, but memory is stale
             raise Unavailable()
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe, began = self.probes.get(meeting_id, (None, now))
-            if not probe or probe.done() and (for_sure or now - began > ABSENT):
-                probe = self.probing.submit(self.probe, meeting_id, self.up())
+            if not probe or (probe.done() and (for_sure or now - began > ABSENCE_TTL)):     # for_sure: never remembered
+                probe = self.probing.submit(self.probe, meeting_id, self.up())  # not in asking, for it waits there
                 self.probes[meeting_id] = probe, now
         found = probe.result()[0]
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
-        """The first of these servers to have the meeting, which is remembered then; if there is none, if all say so."""
+        """The first of these servers that has the meeting, else None; and False if we cannot know: some did not say."""
         asked, denials = time.monotonic(), 0
         question = Request("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}", timeout=PATIENCE)
         for server, response in self.ask(servers, question, CONNECT_TIMEOUT + PATIENCE):
@@ -399,6 +392,9 @@ class Cluster:
                 self.forget(meeting_id, server, asked)
                 denials += 1
         return None, denials == len(servers)
+    def denies(self, server: Server, meeting_id: str) -> bool:
+        """Whether the server itself, asked now, says that it does not have the meeting. Silence is no denial."""
+        return self.probe(meeting_id, [server]) == (None, True)
     def remember(self, server: Server, meeting_id: str, told: ET.Element, heard: float | None = None) -> None:
         """Note that the server has the meeting, as it told; if that is NOTHING, that it may have it."""
         meeting = Meeting(told.findtext("meetingID") or meeting_id, server, number(told.findtext("createTime")),
@@ -407,7 +403,7 @@ class Cluster:
             for key in {meeting_id, meeting.id, told.findtext("internalMeetingID") or meeting_id}:
                 self.meetings[key] = meeting
     def forget(self, meeting_id: str, server: Server, asked: float) -> None:
-        """Note that the server, asked then, had no such meeting. One created since, or just being created, stays."""
+        """Note that the server did not have the meeting at the time `asked`. One created since, or just now, stays."""
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known and known.server is server and known.heard < asked and meeting_id not in self.creating:
@@ -422,10 +418,13 @@ class Cluster:
             if server in able:
                 able.remove(server)
                 yield server
-    def survey(self, patience: float) -> None:
+    def survey(self, seconds: float) -> None:
         """Ask every server which meetings it runs: that shows which are up, and where each meeting is."""
         asked, runs_on = time.monotonic(), collections.defaultdict(list)
-        for server, response in self.ask(self.servers, Request("getMeetings"), patience):
+        for sock in [sock for sock, end in list(KeepAliveHandler.deadlines.items()) if end + 1 < asked]:
+            with contextlib.suppress(OSError):      # its answer comes in drops, which no timeout of sockets ends
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for server, response in self.ask(self.servers, Request("getMeetings"), seconds):
             if response.success:
                 for meeting_id in self.learn(server, response, asked):
                     runs_on[meeting_id].append(str(server))
@@ -436,9 +435,9 @@ class Cluster:
             log.warning("meeting %r runs on %s: the newer one counts", meeting_id, " and ".join(runs_on[meeting_id]))
         with self.lock:
             self.twins = twins
-            self.probes = {key: probe for key, probe in self.probes.items() if asked - probe[1] < ABSENT}
+            self.probes = {key: probe for key, probe in self.probes.items() if asked - probe[1] < ABSENCE_TTL}
     def learn(self, server: Server, response: Response, asked: float) -> list[str]:
-        """Note what a server, asked then, answered to getMeetings. Return the IDs of its meetings."""
+        """Note what a server that was asked at the time `asked` answered to getMeetings. Return its meetings' IDs."""
         items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
         for key in self.meetings.keys() - items.keys() - {it.findtext("internalMeetingID") for it in items.values()}:
             self.forget(key, server, asked)
@@ -456,7 +455,7 @@ class Cluster:
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
 def relay_anywhere(cluster: Cluster, request: Request, why: str = "any") -> Response:
-    """A call about nothing that a server has: to the first that gives an answer, so that it is BBB's own."""
+    """A call about no meeting or recording that we know: to the first server that answers, so that BBB itself does."""
     for server in cluster.up():
         with contextlib.suppress(Unavailable):
             return server.call(request, why)
@@ -471,7 +470,7 @@ def relay(cluster: Cluster, request: Request) -> Response:
     response = server.call(request, why)
     denied = response.xml.findtext("returncode") == "FAILED" or (
         request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
-    if denied and cluster.probe(request.meeting_id, [server]) == (None, True):      # else it has it, and is right
+    if denied and cluster.denies(server, request.meeting_id):       # else FAILED is about something else
         other = cluster.find(request.meeting_id)[0]
         return other.call(request, "moved") if other not in (None, server) else response
     return response
@@ -479,15 +478,14 @@ def join(cluster: Cluster, request: Request) -> Response:
     """A browser is sent to the meeting's server itself, whose cookie it needs; a program may want the answer."""
     if request.params.get("redirect", "").lower() not in ("", "true"):      # BBB's parseBoolean, unless it is empty
         return relay(cluster, request)
-    try:
-        server, why = cluster.find(request.meeting_id)
-        server = server or cluster.up()[0]
-    except (Unavailable, IndexError):
-        if request.language:                                # a person waits
-            return page(request.language, *RETRY_TEXTS[request.language], RETRY_AFTER, 503)
-        raise Unavailable() from None
-    request.chosen = f"{server} ({why})"
-    return Response(302, b"", [("Location", server.url_for("join", request.query))])
+    with contextlib.suppress(Unavailable):
+        owner, why = cluster.find(request.meeting_id)
+        for server in [owner] if owner else cluster.up():   # nowhere: any will do, and says so in BBB's words
+            request.chosen = f"{server} ({why})"
+            return Response(302, b"", [("Location", server.url_for("join", request.query))])
+    if request.language:                                    # a person waits
+        return page(request.language, *RETRY_TEXTS[request.language], RETRY_AFTER, 503)
+    raise Unavailable()
 def place(cluster: Cluster, request: Request) -> Response:
     """Create a new meeting: a breakout room on its parent's server, else on the first in turn that can be reached."""
     server = cluster.find(request.params["parentMeetingID"])[0] if request.params.get("parentMeetingID") else None
@@ -500,7 +498,7 @@ def place(cluster: Cluster, request: Request) -> Response:
                 continue
             cluster.remember(server, request.meeting_id, NOTHING)       # it may have it now: the next create asks there
             raise
-        if response.success or response.status >= 500:
+        if response.success or response.status >= 500:      # which may have created it
             cluster.remember(server, request.meeting_id, response.xml)
             server.placed += 1
         return response
@@ -511,14 +509,12 @@ def create(cluster: Cluster, request: Request) -> Response:
         placing = cluster.creating.setdefault(request.meeting_id, threading.Lock())     # gone when nobody holds it
     with placing:
         server, why = cluster.find(request.meeting_id, for_sure=True)
-        if server and server.entry.cordoned and cluster.probe(request.meeting_id, [server]) == (None, True):
-            server = None                                   # it ended there, and must not begin there again
-        if server is None:
-            return place(cluster, request)
+        if server is None or (server.entry.cordoned and cluster.denies(server, request.meeting_id)):
+            return place(cluster, request)                  # what ended on a cordoned server does not begin there again
     return server.call(request, why)
 def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
-    brief = request.call in ("getMeetings", "getSessions")      # of the others a list that lacks a server does harm
+    brief = request.call in ("getMeetings", "getSessions")      # who lacks a recording takes it for deleted
     answers = dict(cluster.ask(cluster.up(), request, PATIENCE if brief else CONNECT_TIMEOUT + ANSWER_TIMEOUT))
     request.chosen = f"{len(answers)} of {len(cluster.servers)} servers"
     if not answers:
@@ -530,17 +526,18 @@ def best(answers: Iterable[Response]) -> Response:
 def merge_lists(cluster: Cluster, request: Request) -> Response:
     """One list of what all servers have. A server without a usable answer is left out."""
     answers, name = ask_all(cluster, request).values(), LISTS[request.call][0].encode()
-    items, parts = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
-    inner = [answer.body.translate(PRINTABLE).partition(b"<%b>" % name)[2].rpartition(b"</%b>" % name)[0]
-             for answer, part in zip(answers, parts) if part]
-    if not all(inner) or len(items) < sum(map(len, parts)):     # some are on two servers; else their own bytes will do
+    items, lists = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
+    bodies = [answer.body.translate(PRINTABLE) for answer, own in zip(answers, lists) if own]
+    inner = [body.partition(b"<%b>" % name)[2].rpartition(b"</%b>" % name)[0] for body in bodies    # quick, unchanged
+             if body.count(b"<" + name) == body.count(b"</" + name) == 1]       # else one may stand in a comment
+    if not all(inner) or len(inner) < len(bodies) or len(items) < sum(map(len, lists)):     # or some are on two servers
         inner = [ET.tostring(item) for item in items]
     return listing(request.call, b"".join(inner)) if best(answers).success else best(answers)
 def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, Response]:
     """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the
     request is in the lists of the others: a front end takes what a SUCCESS lacks for deleted."""
     answers, every = ask_all(cluster, Request("getRecordings", query)), len(cluster.servers)
-    lists = [response for response in answers.values()      # one without <recordings> may list them, but only in pages
+    lists = [response for response in answers.values()      # one without <recordings> refuses to list all at once
              if response.success and ("limit" not in request.params or response.xml.find("recordings") is not None)]
     request.chosen = f"{len(lists)} of {every} servers"
     found = {item.findtext("recordID") for response in lists for item in response.xml.iter("recording")}
@@ -558,11 +555,11 @@ def get_recordings(cluster: Cluster, request: Request) -> Response:
         return listing("getRecordings", b"".join(map(ET.tostring, items)))
     offset, limit = max(0, number(params.get("offset"))), min(max(1, number(params["limit"])), 100)
     shown = items[offset:offset + limit]
-    return listing("getRecordings", b"".join(map(ET.tostring, shown)), f"<pagination><pageable><offset>{offset}</offset>"
-                   f"<limit>{limit}</limit><paged>true</paged><unpaged>false</unpaged></pageable><totalElements>{len(items)}"
-                   f"</totalElements><empty>{str(not shown).lower()}</empty></pagination>")
+    return listing("getRecordings", b"".join(map(ET.tostring, shown)), f"<pagination><pageable><offset>{offset}"
+                   f"</offset><limit>{limit}</limit><paged>true</paged><unpaged>false</unpaged></pageable>"
+                   f"<totalElements>{len(items)}</totalElements><empty>{str(not shown).lower()}</empty></pagination>")
 def relay_recording(cluster: Cluster, request: Request) -> Response:
-    """A call about recordings: to the servers that have them. SUCCESS if any of these says so; of JSON the first."""
+    """A call about recordings: to each server that has some. Raises Unavailable if one of these does not answer."""
     if not request.record_ids:
         return relay_anywhere(cluster, request)
     answers = recordings(cluster, request, f"recordID={quote_plus(','.join(request.record_ids))}&state=any")
@@ -572,7 +569,7 @@ def relay_recording(cluster: Cluster, request: Request) -> Response:
         return relay_anywhere(cluster, request, "nowhere")
     return best([server.call(request, "owner") for server in owners])
 def destroy_hook(cluster: Cluster, request: Request) -> Response:
-    """Remove a hook from all servers, which know it by other IDs, but by the same URL (bbb-webhooks, hooks.js)."""
+    """Remove a hook from all servers, each of which knows it by another ID, but by one URL (bbb-webhooks, hooks.js)."""
     hooks = [(server, hook.findtext("hookID", ""), hook.findtext("callbackURL"))
              for server, answer in ask_all(cluster, Request("hooks/list")).items() for hook in answer.xml.iter("hook")]
     urls = [url for _, hook_id, url in hooks if hook_id == request.params.get("hookID")]
@@ -580,7 +577,7 @@ def destroy_hook(cluster: Cluster, request: Request) -> Response:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
     return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook_id)}"))
                  for server, hook_id, url in hooks if url == urls[0]])
-CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other: relay
+CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other: relay, and "other" in metrics
     "create": create, "join": join, "getRecordings": get_recordings, "hooks/destroy": destroy_hook,
     **dict.fromkeys(("getMeetingInfo", "isMeetingRunning", "end", "insertDocument", "sendChatMessage"), relay),
     **dict.fromkeys(("getMeetings", "getSessions", "hooks/list"), merge_lists),
@@ -592,28 +589,27 @@ CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other:
 def metrics(cluster: Cluster) -> Response:
     """Figures for Prometheus, in its text format."""
     lines = ["# HELP tinyscale_call_seconds Calls, and the time they took.", "# TYPE tinyscale_call_seconds summary"]
-    for (call, outcome), count in sorted(cluster.answered.items()):
-        lines += [f'tinyscale_call_seconds_{name}{{call="{call}",outcome="{outcome}"}} {value:g}'
-                  for name, value in (("count", count), ("sum", cluster.seconds[call, outcome]))]
-    for name, text, values in (
-            ("up", "Whether the server answers.", [int(server.down_since is None) for server in cluster.servers]),
-            ("meetings", "Meetings on the server.", [server.meetings for server in cluster.servers]),
-            ("participants", "People in these meetings.", [server.people for server in cluster.servers])):
+    lines += [f'tinyscale_call_seconds_{name}{{call="{call}",outcome="{outcome}"}} {value:.12g}'
+              for (call, outcome, name), value in sorted(cluster.totals.items())]
+    for name, text, value in (
+            ("up", "Whether the server answers.", lambda server: int(server.down_since is None)),
+            ("meetings", "Meetings on the server.", lambda server: server.meetings),
+            ("participants", "People in these meetings.", lambda server: server.people)):
         lines += [f"# HELP tinyscale_server_{name} {text}", f"# TYPE tinyscale_server_{name} gauge"]
-        lines += [f'tinyscale_server_{name}{{server="{server}"}} {value}' for server, value in zip(cluster.servers, values)]
+        lines += [f'tinyscale_server_{name}{{server="{server}"}} {value(server)}' for server in cluster.servers]
     return Response(200, "\n".join([*lines, ""]).encode(), [("Content-Type", "text/plain; version=0.0.4")])
 def state(server: Server) -> str:
     """The state of a server in an admin's words, and why."""
-    if server.down_since is not None:
-        return f"down for {(time.monotonic() - server.down_since) / 60:.0f} min: {server.reason}"
+    if (down_since := server.down_since) is not None:
+        return f"down for {(time.monotonic() - down_since) / 60:.0f} min: {server.reason}"
     return "cordoned" if server.entry.cordoned else "up"
 def status(cluster: Cluster) -> Response:
     """A page for an admin to leave open: how the servers are, and which meeting runs where."""
-    most = max(1, *(max(server.meetings, server.people) for server in cluster.servers))
+    most = [max(1, *values) for values in zip(*((server.meetings, server.people) for server in cluster.servers))]
     servers = "".join(
-        f'<tr class="{state(server)[:4]}"><th>{server}<td>{html.escape(state(server))}' + "".join(
-            f'<td>{count} {what}<meter max="{most}" value="{count}"></meter>'
-            for count, what in ((server.meetings, "meetings"), (server.people, "people")))
+        f'<tr class="{state(server).split()[0]}"><th>{server}<td>{html.escape(state(server))}' + "".join(
+            f'<td>{count} {what}<meter max="{limit}" value="{count}"></meter>'
+            for limit, count, what in zip(most, (server.meetings, server.people), ("meetings", "people")))
         + f"<td>{1000 * server.took:.0f} ms<td>{server.placed} placed" for server in cluster.servers)
     meetings = sorted({meeting.id: meeting for meeting in list(cluster.meetings.values())}.items())
     rooms = "".join(f"<tr><th>{html.escape(key)}<td>{meeting.server}<td>{meeting.people} people"
@@ -627,22 +623,28 @@ def health(cluster: Cluster) -> Response:
 PAGES = {"/health": health, "/status": status, "/metrics": metrics}     # the last two want a password
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
-HEAD = re.compile("(?a)(GET|HEAD|POST) (?:http://[\\w.:\\[\\]-]*)?([!-\"$-~]+) HTTP/1[.]([01])\r\n"     # no fragment
-                  "((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n)*)\r\n")
+HEAD = re.compile(r"(?a)(GET|HEAD|POST) (?:http://[\w.:\[\]-]*(?=/))?([!-\"$-~]+) HTTP/1[.]([01])\r\n"   # no fragment
+                  r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n)*)\r\n")
 FORM, XML_TYPES = "application/x-www-form-urlencoded", ("application/xml", "text/xml")
-IDLE, READING, ANSWERING = range(3)     # a connection: awaits a request, is in the middle of one, waits for our answer
+IDLE, WAITING, WORKING = range(3)       # between requests; we wait for the client; it waits for us, and may stay
+def log_error(where: str, error: BaseException | None) -> None:
+    """Log what broke off, a connection or survey; or an error of ours, without its text, which might quote a query."""
+    if isinstance(error, OSError):
+        return log.info("%s broke off: %s", where, error)
+    log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__,
+              "".join(traceback.format_tb(error.__traceback__ if error else None)))
 class LoadBalancer(http.server.ThreadingHTTPServer):
     """The settings, the listener, and a thread for each connection."""
-    def __init__(self, servers: str, bind: str, port: str) -> None:
+    def __init__(self, path: str, bind: str, port: str) -> None:
         """Read the settings, and listen. Raises SettingsError."""
-        self.path, self.cluster, self.stopping = servers, Cluster(), False
+        self.path, self.cluster, self.stopping = path, Cluster(), False
         self.handlers: set[Handler] = set()     # one for each connection
         self.wake = threading.Event()           # set: read the settings again and survey now
         self.load()
         both = not bind and socket.has_dualstack_ipv6()     # IPv4 and IPv6
         with mistakes(f"PORT {port}, TINYSCALE_BIND {bind or 'all'}", "Choose another, or stop who has it."):
-            bind, checked = bind or ("::" if both else "0.0.0.0"), range(65536).index(int(port))
-            info: Any = socket.getaddrinfo(bind, checked, type=socket.SOCK_STREAM)[0]
+            host, number = bind or ("::" if both else "0.0.0.0"), range(65536).index(int(port))
+            info: Any = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
             super().__init__(info[4], Handler, bind_and_activate=False)     # else it asks DNS for our own name
             self.socket.close()
             self.socket = socket.create_server(info[4], family=info[0], backlog=BACKLOG, dualstack_ipv6=both)
@@ -652,10 +654,10 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
         names = self.path, *map(os.environ.get, ("TINYSCALE_SECRET_FILE", "TINYSCALE_CERT", "TINYSCALE_KEY"))
         return [os.path.getmtime(name) for name in names if name and os.path.exists(name)]
     def load(self) -> None:
-        """Read the settings: from now on all of them count, or none. Raises SettingsError."""
+        """Read the settings: all of them count from now on, or (so in one assignment) none. Raises SettingsError."""
         self.loaded, password = self.files(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
         entries, self.secrets, self.tls = load_servers(self.path), load_secrets(), load_tls()
-        self.login = b"Basic " + base64.b64encode(f"admin:{password}".encode()) if password else b""
+        self.login = b"Basic " + base64.b64encode(os.fsencode(f"admin:{password}")) if password else b""
         self.cluster.use(entries)
     def watch(self) -> None:
         """Survey the servers, and read the settings again when a file has changed, for ever."""
@@ -673,13 +675,12 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread. If there are too many, the one that has kept us waiting longest must go."""
         while len(self.handlers) >= MAX_CONNECTIONS and not self.stopping:
-            waiting = (handler for handler in list(self.handlers) if handler.doing != ANSWERING)
-            slowest = min(waiting, key=lambda handler: handler.since, default=None)
-            if slowest and slowest.since + 1 < time.monotonic():
+            slowest = min(list(self.handlers), key=lambda it: (it.doing == WORKING, it.since), default=None)
+            if slowest and slowest.doing != WORKING and slowest.since + 1 < time.monotonic():   # each has a second
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)   # its thread reads the end, and is done
+                    socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)   # not SSLSocket's, which forgets its TLS
             time.sleep(0.001)
-        if self.tls:        # its handshake comes with the first read, in the connection's thread: the mute stop nobody
+        if self.tls:        # its handshake comes with the first read, in the connection's thread: a mute one stops none
             request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         super().process_request(request, client_address)
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -694,27 +695,26 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
         log.info("stopped" if time.monotonic() < deadline else "stopped with calls in progress")
 class Handler(socketserver.StreamRequestHandler):
     """One connection. It stays open only after a request that cannot have left bytes on it: one without a body."""
-    disable_nagle_algorithm, timeout = True, IDLE_TIMEOUT       # seconds for the TLS handshake, each read and write
+    close_connection, disable_nagle_algorithm, timeout = False, True, IDLE_TIMEOUT  # for TLS, each read, each write
     server: LoadBalancer
-    def note(self, doing: int) -> None:
-        self.doing, self.since = doing, time.monotonic()
+    def note(self, doing: int, ago: float = 0) -> None:
+        self.doing, self.since = doing, time.monotonic() - ago
     def handle(self) -> None:
         """Answer requests until the client has no more of them, or no further one could be trusted."""
-        self.last = False
         self.note(IDLE)
         self.server.handlers.add(self)
         try:
-            while not self.last:
+            while not self.close_connection:
                 self.answer_next()
-                self.note(IDLE)
+                self.note(IDLE, 1)                          # it had its turn: see process_request
         finally:
             self.server.handlers.remove(self)
     def answer_next(self) -> None:
         """Wait for a request, and answer it. Raises OSError if the client goes away in the middle of it."""
-        self.call, self.method, self.unread, self.last, line = Request("-"), "", 0, True, b""
+        self.current, self.method, self.unread, self.close_connection, line = Request("-"), "", 0, True, b""
         with contextlib.suppress(socket.timeout):           # it was merely kept long enough
             line = self.rfile.readline(MAX_HEAD)
-        self.note(READING)
+        self.note(WAITING)
         if line:
             self.started = self.since
             try:
@@ -724,6 +724,11 @@ class Handler(socketserver.StreamRequestHandler):
                 self.respond(response, "failed" if failed else "success")
             except ApiError as error:
                 self.respond(error.response(), error.key)
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001  whatever it is, the caller gets an answer
+                log_error(self.current.call, error)
+                self.respond(ApiError("internalError", "A mistake of tinyscale; see its log", 500).response(), "bug")
     def read_head(self, line: bytes) -> None:
         """Read the rest of a request's head. Raises ApiError for what is no plain HTTP, or could be read differently by
         others: http.server's parser, which is made for e-mail, takes a bare CR for the end of a line, for example."""
@@ -742,7 +747,7 @@ class Handler(socketserver.StreamRequestHandler):
         if "transfer-encoding" in self.headers or len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
             raise ApiError("badRequest", "A body must have one Content-Length, and no Transfer-Encoding", 411)
         self.unread = int(lengths[0])
-        self.last = self.unread > 0 or minor == "0" or "close" in self.headers["connection"].lower()
+        self.close_connection = self.unread > 0 or minor == "0" or "close" in self.headers["connection"].lower()
     def answer(self) -> Response:
         """The answer to a request whose head was read. Raises ApiError if it is refused."""
         path, _, query = self.target.partition("?")
@@ -752,22 +757,16 @@ class Handler(socketserver.StreamRequestHandler):
             if path != "/health" and not hmac.compare_digest(self.headers["authorization"].encode(), self.server.login):
                 return Response(401, b"", [("WWW-Authenticate", 'Basic realm="tinyscale", charset="UTF-8"')])
             return PAGES[path](self.server.cluster)
-        match = re.fullmatch("/bigbluebutton/api/([A-Za-z]+(?:/[A-Za-z]+)*)", path)
+        match = re.fullmatch("/bigbluebutton/api/(join|(?!j)[A-Za-z]+(?:/[A-Za-z]+)*)", path)   # not joi?nmeetingID=x:
         if not match:
             raise ApiError("notFound", "There is nothing at this address", 404)
-        self.call = Request(match[1])
-        self.call = self.read_call(match[1], query)
-        self.note(ANSWERING)
-        try:
-            return CALLS.get(match[1], relay)(self.server.cluster, self.call)
-        except ApiError:
-            raise
-        except Exception as error:      # noqa: BLE001  whatever it is, the caller gets an answer
-            log_error(self.call.call, error)
-            raise ApiError("internalError", "An error of tinyscale; its log tells more", 500) from None
+        self.current = Request(match[1])            # for the log, should the next line refuse it
+        self.current = self.read_call(match[1], query)
+        self.note(WORKING)
+        return CALLS.get(match[1], relay)(self.server.cluster, self.current)
     def read_call(self, call: str, query: str) -> Request:
         """Verify the checksum, then read the body; only a form, which is the query, before that. Raises ApiError."""
-        if call == "join" and (self.unread or self.method == "POST"):       # every guest has its checksum
+        if call == "join" and (self.unread or self.method == "POST"):       # every guest has a valid checksum
             raise ApiError("unsupportedRequest", "join is called with GET only, without a body", 405)
         content_type, body = self.headers["content-type"], b""
         media_type = content_type.partition(";")[0].strip().lower()
@@ -780,13 +779,13 @@ class Handler(socketserver.StreamRequestHandler):
         if self.unread:
             if media_type not in (FORM, *XML_TYPES, "multipart/form-data"):
                 raise ApiError("unsupportedContentType", "POST request Content-Type is missing or unsupported")
-            self.note(ANSWERING)                            # who knows the secret may send slowly
+            self.note(WORKING)                              # who knows a secret may be slow
             body = self.body(MAX_BODY)
             if media_type == FORM and not re.match(rb"(\xef\xbb\xbf)?\s*<", body):
                 raise ApiError("checksumError", "Parameters must be in the URL or in the body, not in both")
             if media_type != "multipart/form-data":         # XML, whatever it is labelled: BBB wants the bare type
                 content_type = "application/xml"
-        wished = re.search(r"\b(de|en)\b", self.headers["accept-language"].lower())
+        wished = re.search(rf"\b({'|'.join(RETRY_TEXTS)})\b", self.headers["accept-language"].lower())
         language = (wished[0] if wished else "en") if "text/html" in self.headers["accept"] else ""
         return Request(call, query, params, body, content_type, language)
     def body(self, limit: int) -> bytes:
@@ -802,19 +801,19 @@ class Handler(socketserver.StreamRequestHandler):
         return body
     def respond(self, response: Response, outcome: str) -> None:
         """Write the answer, and a line in the log."""
-        self.note(READING)                                  # it may go if it does not take the answer
-        self.last |= self.server.stopping
+        self.note(WAITING)                                  # for the client to take the answer
+        self.close_connection |= self.server.stopping
         head = "".join(f"{name}: {value}\r\n" for name, value in (
             ("Date", email.utils.formatdate(usegmt=True)), *response.headers, ("Content-Length", len(response.body)),
-            ("Connection", "close" if self.last else "keep-alive")))
+            ("Connection", "close" if self.close_connection else "keep-alive")))
         head = f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n{head}\r\n"
         self.wfile.write(head.encode("latin-1") + (b"" if self.method == "HEAD" else response.body))
-        call, seconds, cluster = self.call, time.monotonic() - self.started, self.server.cluster
-        key = call.call if call.call in CALLS else "other", outcome
+        request, seconds, cluster = self.current, time.monotonic() - self.started, self.server.cluster
         with cluster.lock:
-            cluster.answered[key], cluster.seconds[key] = cluster.answered[key] + 1, cluster.seconds[key] + seconds
-        log.info("%s %r %s %s %d %.0f ms", call.call, call.meeting_id, call.chosen or self.client_address[0], outcome,
-                 response.status, 1000 * seconds)
+            for name, value in (("count", 1), ("sum", seconds)):
+                cluster.totals[request.call if request.call in CALLS else "other", outcome, name] += value
+        log.info("%.99s %.300r %s %s %d %.0f ms", request.call, request.meeting_id,
+                 request.chosen or self.client_address[0], outcome, response.status, 1000 * seconds)
         with contextlib.suppress(OSError):                  # a client that still sends might not see why it was refused
             while self.unread and time.monotonic() < self.since + LINGER:
                 self.connection.settimeout(LINGER)
@@ -828,7 +827,7 @@ def serve(options: argparse.Namespace) -> int:
     with contextlib.suppress(OSError, ValueError):          # a thousand clients, and the servers' connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     balancer = LoadBalancer(options.servers, options.bind, options.port)
-    balancer.cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)       # a hung server delays it: none is overlooked
+    balancer.cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)       # even by a slow server: what runs there is known
     for loop in (balancer.serve_forever, balancer.watch):
         threading.Thread(target=loop, daemon=True).start()
     log.info("tinyscale %s listens on port %d, with %d of %d servers up", __version__, balancer.server_address[1],
@@ -853,17 +852,18 @@ def examine(server: Server) -> str:
     with contextlib.suppress(Unavailable):
         version = server.call(Request("")).xml.findtext("bbbVersion") or version
     if host.scheme == "https":
-        plain = socket.create_connection((host.hostname or "", host.port or 443), CONNECT_TIMEOUT)
-        with KeepAliveHandler.trust.wrap_socket(plain, server_hostname=host.hostname) as tls:
-            certificate: Any = tls.getpeercert()
-            days = f"{(ssl.cert_time_to_seconds(certificate['notAfter']) - time.time()) / 86400:.0f} d"
-    return (f"{server!s:40} {state(server):8} {1000 * server.took:5.0f} ms, BBB {version:6} {' '.join(accepted):27} "
-            f"certificate {days:>4}, {server.meetings:4} meetings, {server.people:5} people")
+        with contextlib.suppress(OSError):
+            plain = socket.create_connection((host.hostname or "", host.port or 443), CONNECT_TIMEOUT)
+            with KeepAliveHandler.trust.wrap_socket(plain, server_hostname=host.hostname) as tls:
+                certificate: Any = tls.getpeercert()
+                days = f"{(ssl.cert_time_to_seconds(certificate['notAfter']) - time.time()) / 86400:.0f} d"
+    return (f"{server!s:40} {state(server):8} {1000 * server.took:5.0f} ms, BBB {version!r:9.9} "
+            f"{' '.join(accepted):27} certificate {days:>4}, {server.meetings:4} meetings, {server.people:5} people")
 def check(options: argparse.Namespace) -> int:
     """Try every server and print what came of it; return 1 if one is unusable."""
-    logging.disable()
     cluster = Cluster()
     cluster.use(load_servers(options.servers))
+    logging.disable()
     cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)
     print(*cluster.asking.map(examine, cluster.servers), sep="\n")
     bad = len(cluster.servers) - len(cluster.up())
@@ -885,9 +885,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="?", default="serve", choices=("serve", "check", "url"),
                         help="serve, try all servers, or print a signed URL")
     parser.add_argument("call", nargs="?", default="getMeetings", help="for url, such as 'getMeetingInfo?meetingID=x'")
-    for variable, default in (("PORT", "3005"), ("TINYSCALE_BIND", ""), ("TINYSCALE_SERVERS", "servers.json")):
-        parser.add_argument(f"--{variable.split('_')[-1].lower()}", default=os.environ.get(variable) or default,
-                            help=f"{variable} in the environment; by default {default or 'all addresses'}")
+    for name, default in (("PORT", "3005"), ("TINYSCALE_BIND", ""), ("TINYSCALE_SERVERS", "servers.json")):
+        parser.add_argument(f"--{name.split('_')[-1].lower()}", default=os.environ.get(name) or default,
+                            help=f"{name} in the environment; by default {default or 'all addresses'}")
     options = parser.parse_args(argv)
     try:
         return {"serve": serve, "check": check, "url": url}[options.command](options)
