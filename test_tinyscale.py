@@ -94,7 +94,7 @@ def background(job, *args):
     def run():
         try:
             future.set_result(job(*args))
-        except BaseException as error:
+        except Exception as error:          # noqa: BLE001  the future raises it
             future.set_exception(error)
     threading.Thread(target=run, daemon=True).start()
     return future
@@ -525,6 +525,8 @@ class ClusterTest(unittest.TestCase):
     settings = ()               # (variable, value), ...: its environment, but for the secrets
 
     def setUp(self):
+        self.clusters, self.servers_had = [], []
+        self.addCleanup(self.close_kept)
         self.log = io.StringIO()
         handler = logging.StreamHandler(self.log)
         tinyscale.log.addHandler(handler)
@@ -573,12 +575,16 @@ class ClusterTest(unittest.TestCase):
         self.addCleanup(thread.join)
         self.addCleanup(self.balancer.server_close)
         self.addCleanup(self.balancer.shutdown)
-        self.addCleanup(self.close_kept, self.cluster.servers)
+        self.clusters.append(self.cluster)
+        self.servers_had += self.cluster.servers
         self.survey()
 
-    def close_kept(self, servers):
-        """A process that ends closes its connections; this one goes on."""
-        for server in servers:
+    def close_kept(self):
+        """A process that ends takes its threads and connections with it; this one goes on."""
+        for cluster in self.clusters:
+            cluster.probing.shutdown()
+            cluster.asking.shutdown()
+        for server in {server for cluster in self.clusters for server in cluster.servers} | set(self.servers_had):
             for handler in server.opener.handlers:
                 while handler.idle:
                     handler.idle.pop()[1].close()
@@ -758,10 +764,12 @@ class SettingsTest(unittest.TestCase):
         self.assertIn("chmod o-rw", logs.output[0])
         with self.assertLogs("tinyscale", "WARNING"):
             self.load(content, 0o602)
-        with self.assertLogs("tinyscale", "WARNING") as logs:
-            tinyscale.log.warning("nothing else")
-            self.load(content, 0o640)
-        self.assertEqual(len(logs.output), 1)
+        with tempfile.NamedTemporaryFile() as file, self.assertLogs("tinyscale", "WARNING") as logs:
+            os.chmod(file.name, 0o604)
+            for name in ("TINYSCALE_SECRET_FILE", "TINYSCALE_KEY"):
+                with mock.patch.dict(os.environ, {name: file.name}):
+                    self.load(content, 0o640)
+        self.assertEqual([file.name in line for line in logs.output], [True, True])
 
     def test_our_secrets_come_from_the_environment_and_from_a_file(self):
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -846,6 +854,7 @@ class RoutingTest(ClusterTest):
         self.assertEqual(answer.headers["Location"],
                          f"{owner.url}/bigbluebutton/api/join?{signed('join', query, owner.secret, 'sha256')}")
         self.assertNotIn("Set-Cookie", answer.headers)
+        self.assertNotIn("runs on", self.log.getvalue())
         self.assertNotIn("Content-Type", answer.headers)
 
     def test_any_other_call_costs_one_call_to_the_meetings_server(self):
@@ -1080,6 +1089,31 @@ class CreateTest(ClusterTest):
         gate.set()
         self.assertEqual((first.result(5).messageKey, second.result(5).messageKey), ("", "duplicateWarning"))
         self.assertEqual(self.counts("create"), [2, 1, 0])
+
+    def test_a_survey_during_a_create_does_not_forget_where_it_is_being_carried_out(self):
+        self.create("room")
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].meetings.clear()              # it is over, and begins anew
+        self.fakes[0].faults["create"] = held(gate, arrived)
+        first = background(self.create, "room")
+        arrived.wait(5)
+        self.survey()
+        self.fakes[0].faults.clear()
+        second = self.create("room")
+        gate.set()
+        self.assertEqual((first.result(5).returncode, second.returncode), ("SUCCESS", "SUCCESS"))
+        self.assertEqual(self.having("room"), [self.fakes[0]])
+
+    def test_a_create_or_a_body_has_more_time_than_other_calls(self):
+        self.create("room")
+        gate = threading.Event()
+        threading.Timer(0.3, gate.set).start()
+        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=0.05, WORK_TIMEOUT=5):
+            self.fakes[0].faults["*"] = held(gate)
+            headers = {"Content-Type": "text/xml"}
+            calls = [background(self.create, "room"), background(
+                lambda: self.get("insertDocument", "meetingID=room", method="POST", body=b"<x/>", headers=headers))]
+            self.assertEqual([call.result(5).returncode for call in calls], ["SUCCESS"] * 2)
 
     def test_passwords_are_bbbs_business(self):
         first = self.create("room", "&attendeePW=ap&moderatorPW=mp")
@@ -1355,6 +1389,16 @@ class OutageTest(ClusterTest):
         self.assertEqual((self.fakes[0].count("create"), self.fakes[0].count("getMeetingInfo")), (0, 1))
         self.assertIn("is down: no answer in 0.15 s", self.log.getvalue())
 
+    def test_an_outage_that_goes_on_is_told_once_and_so_is_its_end(self):
+        self.fakes[0].down()
+        for _ in range(3):
+            self.survey()
+        self.fakes[0].up()
+        for _ in range(3):
+            self.survey()
+        for news, count in (("is down: ", 1), ("is up\n", 2)):              # as it was at the start
+            self.assertEqual(self.log.getvalue().count(f"{self.fakes[0].url} {news}"), count)
+
     def test_one_slow_call_is_no_outage(self):
         self.create("room")
         owner, gate, arrived = self.having("room")[0], threading.Event(), threading.Event()
@@ -1407,8 +1451,9 @@ class OutageTest(ClusterTest):
         self.survey()
         for connection in list(owner.sockets):
             connection.shutdown(socket.SHUT_RDWR)               # closed while idle: the next read notices
-        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-        self.assertEqual(owner.count("getMeetingInfo"), 1)
+        for _ in range(5):
+            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual((owner.count("getMeetingInfo"), len(owner.sockets)), (5, 1))
         for call in ("sendChatMessage", "end", "create"):
             owner.faults[call] = sends(b"")                     # it takes the call and hangs up
             self.get("getMeetingInfo", "meetingID=room")        # leaves a connection
@@ -1539,14 +1584,14 @@ class OutageTest(ClusterTest):
 
 # ---- lists, recordings, hooks ----------------------------------------------------------------------------------------
 
+EMPTY = "{}<messageKey>{}</messageKey><message>{}</message>"
 SHAPES = {      # call -> the path of an item, the empty answer
-    "getMeetings": ("meetings/meeting", "<meetings/><messageKey>noMeetings</messageKey>"
-                                        "<message>no meetings were found on this server</message>"),
-    "getSessions": ("sessions/meeting", "<sessions/><messageKey>noSessions</messageKey>"
-                                        "<message>no sessions were found on this serverr</message>"),
-    "getRecordings": ("recordings/recording", "<recordings></recordings><messageKey>noRecordings</messageKey>"
-                                              "<message>There are no recordings for the meeting(s).</message>"),
-}
+    "getMeetings": ("meetings/meeting", EMPTY.format(
+        "<meetings/>", "noMeetings", "no meetings were found on this server")),
+    "getSessions": ("sessions/meeting", EMPTY.format(
+        "<sessions/>", "noSessions", "no sessions were found on this serverr")),
+    "getRecordings": ("recordings/recording", EMPTY.format(
+        "<recordings></recordings>", "noRecordings", "There are no recordings for the meeting(s)."))}
 SUCCESS = "<response><returncode>SUCCESS</returncode>"
 
 
@@ -1617,7 +1662,7 @@ class ListsTest(ClusterTest):
         for fake in self.fakes:
             fake.put("at " + fake.name)
         self.survey()
-        deep = f"{SUCCESS}<meetings>{'<a>' * 100000}{'</a>' * 100000}</meetings></response>"
+        deep = f"{SUCCESS}<meetings>{'<a>' * 20000}{'</a>' * 20000}</meetings></response>"
         texts = ("", "<response><meet", "\u00e4".encode("latin-1"), "<meetings/>", deep, f"{SUCCESS}</response>",
                  '<?xml version="1.0" encoding="klingon"?><response/>')
         for fault in (silent, reset, status(500), status(502), status(404), lambda handler: failed("apiNotEnabled"),
@@ -1782,6 +1827,8 @@ class HooksTest(ClusterTest):
                                  ["https://moodle.example.org/hook?a=1", "https://other.example.org"])
                 self.assertEqual(hooks[0].findtext("hookID"), first.hookID)
                 self.assertEqual(self.get("hooks/destroy", f"hookID={first.hookID}").removed, "true")
+                self.assertIn(f"hooks/destroy '' {3 - (without_hooks is not None)} of 3 servers success",
+                              self.log.getvalue())
                 self.assertEqual(self.get("hooks/destroy", f"hookID={first.hookID}").messageKey, "destroyMissingHook")
                 self.assertEqual(self.get("hooks/destroy", f"hookID={hooks[1].findtext('hookID')}").removed, "true")
                 self.assertEqual([fake.hooks for fake in self.fakes], [{}, {}, {}])
@@ -1891,6 +1938,15 @@ class BodiesTest(ClusterTest):
                              (code, body.encode(), content_type or None, "a=b; Path=/"))
             self.assertIsNone(answer.headers["X-Other"])
             self.assertNotIn("", answer.headers.values())
+
+    def test_an_answer_may_come_in_chunks_or_end_with_its_connection(self):
+        self.fakes[0].put("room")
+        self.survey()
+        answer = (SUCCESS + "<running>true</running></response>").encode()
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (answer[:10], answer[10:], b""))
+        for head, body in ((b"Transfer-Encoding: chunked", chunks), (b"Connection: close", answer)):
+            self.fakes[0].faults["isMeetingRunning"] = sends(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (head, body))
+            self.assertEqual(self.get("isMeetingRunning", "meetingID=room").body, answer)
 
     def test_redirects_of_a_server_are_not_passed_on_and_never_followed(self):
         self.fakes[0].put("room")
@@ -2140,6 +2196,20 @@ class HttpTest(ClusterTest):
         get, head = self.http(self.PATH), self.http(self.PATH, "HEAD")
         self.assertEqual((head.status, head.headers["Content-Length"], head.body), (200, str(len(get.body)), b""))
         self.assertEqual(self.fakes[0].calls[-1][2], "GET")
+
+    def test_a_call_whose_caller_has_gone_is_in_the_log_all_the_same(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["end"] = held(gate, arrived)
+        self.fakes[0].put("room")
+        self.survey()
+        query = signed("end", "meetingID=room")
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+            connection.sendall(f"GET /bigbluebutton/api/end?{query} HTTP/1.1\r\n\r\n".encode())
+            arrived.wait(5)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gate.set()
+        self.assertTrue(until(lambda: "127.0.0.1 broke off" in self.log.getvalue()))
+        self.assertIn(f"end 'room' {self.fakes[0].url} (remembered) success 200 ", self.log.getvalue())
 
     def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
         post = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 100\r\n\r\nhalf"
@@ -2530,9 +2600,9 @@ class ProcessTest(unittest.TestCase):
         *rows, last = output.splitlines()
         self.assertEqual(last, "All is well.")
         for row, fake, shown in zip(rows, [*self.fakes, secure], (
-                r"cordoned +\d+ ms, BBB '3.0.4' +sha1 +certificate +-, +0 meetings, +0 people",
-                r"up +\d+ ms, BBB '3.0.4' +sha512 +certificate +-, +0 meetings, +0 people",
-                r"up +\d+ ms, BBB '3.0.4' +sha1 sha256 sha384 sha512 +certificate 3\d{4} d, +1 meetings, +7 people")):
+                r"cordoned +\d+ ms, BBB '3.0.4' +sha1 +certificate +-, 0 meetings, 0 people",
+                r"up +\d+ ms, BBB '3.0.4' +sha512 +certificate +-, 0 meetings, 0 people",
+                r"up +\d+ ms, BBB '3.0.4' +sha1 sha256 sha384 sha512 +certificate 3\d{4} d, 1 meetings, 7 people")):
             self.assertRegex(row, f"^{fake.url} +{shown}$")
 
     def test_check_fails_if_a_server_is_unusable_and_tells_a_wrong_secret_from_an_unreachable_server(self):
@@ -2720,7 +2790,8 @@ def running(fakes, port, stderr=None, **env):
 
 
 def demo(port):
-    """tinyscale in front of three fake servers, until Ctrl-C."""
+    """tinyscale in front of three fake servers, until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     fakes = [FakeBBB(f"server {number}", uuid.uuid4().hex) for number in (1, 2, 3)]
     password = uuid.uuid4().hex[:8]
     tinyscale_runs = running(fakes, port, TINYSCALE_STATUS_PASSWORD=password)

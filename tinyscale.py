@@ -3,18 +3,18 @@
 
 It verifies the checksum of each API call, finds the server that runs the meeting, signs the call again with that
 server's secret and relays the answer. A meeting that exists nowhere is created on the next server of the list, in turn.
-The way of a call, which never goes back; the file has it from the bottom up, each thing above its first use:
-    accept()             LoadBalancer       a thread for each connection
+The way of a call; the file has its sections from the bottom up, and a class's methods from the top down:
+    process_request()    LoadBalancer       a thread for each connection, in which socketserver calls Handler.handle()
       read_head()        Handler            refuses what is not plain HTTP
-      read_call()        Handler, verify    the checksum first, only then the body (a form is the query)
+      answer()           Handler, verify    our own pages; else the checksum, only then the body (a form is the query)
         CALLS[call]      create, relay ...  which server, or all of them
           find, in_turn  Cluster            who has the meeting, who gets it
-            call()       Server             signed again; a failure marks the server down
-      respond()          Handler            the answer, and a line in the log
+            call()       Server             signed again; urllib calls do_open(); a failure marks the server down
+      respond()          Handler            a line in the log, and the answer
 
 In memory is where each meeting was last seen and which servers are down: hints, renewed by a survey every ten seconds.
-It holds your servers' secrets, so read it before you run it: first verify (who may call), Handler.body (what strangers
-may send), Server.call (what servers are sent and may answer) and load_servers (what is taken for a server).
+It holds your servers' secrets, so read it before you run it: first verify (who may call), Handler.read_head to respond
+(what strangers may send, what is logged), Server.call, exchange and parse (what servers are sent and may answer).
 """
 # isort: off
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_CONNECTIONS, BACKLOG = 1000, 1024       # clients, a thread each; those that
 MAX_POOL, POOL_TIMEOUT = 32, 30     # connections kept to a server; seconds each waits for a call (nginx waits 75)
 MAX_PROBES, MAX_ASKED = 64, 1000    # meetings searched for at once; calls put to several servers at once, a thread each
 MAX_HEAD, MAX_BODY = 2**16, 100 * 2**20     # bytes of a request's head, or of a form; of slides
-MAX_ANSWER = 32 * 2**20             # bytes of a server's answer: some 10,000 recordings
+MAX_ANSWER = 32 * 2**20             # bytes of a server's answer: some 10,000 recordings; in memory up to 25 times that
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 NOTHING = ET.Element("nothing")         # in place of an answer that is no XML of BBB
@@ -48,7 +48,7 @@ READS = {"getMeetings", "getMeetingInfo", "isMeetingRunning", "getRecordings"}  
 PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))    # XML forbids others
 @dataclass
 class Request:
-    """A call, a client's or our own. What a client sent is in it only once its checksum was right."""
+    """A call, a client's or our own. What a client sent, but for `call`, is in it only once its checksum was right."""
     call: str                           # what follows /bigbluebutton/api/
     query: str = ""                     # raw, without its checksum: it goes on byte for byte
     params: dict[str, str] = field(default_factory=dict)        # the same, decoded
@@ -166,7 +166,7 @@ class Entry(NamedTuple):
     secret: str
     weight: int = 1
     cordoned: bool = False
-    checksum: str = "sha256"
+    checksum: str = "sha256"            # its digest's name
 def origin(url: Any) -> str:
     """The origin in any form of a server's URL that bbb-conf prints; "" if it is no such URL."""
     match = re.fullmatch(r"(?ai)(https?://[\w.:\[\]-]+)(/bigbluebutton(/api)?)?/?", str(url))
@@ -191,8 +191,9 @@ def load_servers(path: str) -> list[Entry]:
     """Read servers.json. Raises SettingsError: nothing half valid comes out."""
     with mistakes(path, "It must be JSON like servers.json.example."), open(path, encoding="utf-8-sig") as file:
         items = json.load(file)
-        if os.fstat(file.fileno()).st_mode & 0o006:
-            log.warning("%s holds secrets, but is open to everyone. Mend it with: chmod o-rw %s", path, path)
+    for name in (path, os.environ.get("TINYSCALE_SECRET_FILE", ""), os.environ.get("TINYSCALE_KEY", "")):
+        if os.path.isfile(name) and os.stat(name).st_mode & 0o006:
+            log.warning("%s holds secrets, but is open to everyone. Mend it with: chmod o-rw %s", name, name)
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise SettingsError(f'{path}: must be a list of servers: [{{"host": "...", "secret": "..."}}, ...]')
     entries: dict[str, Entry] = {}
@@ -222,7 +223,7 @@ def load_tls() -> ssl.SSLContext | None:
     if not cert and not key:
         return None
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.minimum_version = ssl.TLSVersion.TLSv1_2            # the default only since Python 3.10
+    tls.minimum_version = ssl.TLSVersion.TLSv1_2            # as for the servers
     with mistakes(f"TINYSCALE_CERT {cert}, TINYSCALE_KEY {key or 'in it'}", "They must be PEM files that fit."):
         tls.load_cert_chain(cert, key or None, lambda: "")  # a pass phrase is never asked for
     return tls
@@ -232,9 +233,10 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """Keeps connections to a server open. A server may close one just as we write to it, and nobody knows then whether
     it saw the request: so what must not be sent twice says "Connection: close", and gets a connection of its own."""
     trust = ssl.create_default_context()                    # the system's authorities, or SSL_CERT_FILE
+    trust.minimum_version = ssl.TLSVersion.TLSv1_2          # the default only since Python 3.10
     deadlines: ClassVar[dict[socket.socket, float]] = {}    # of answers that are being read, of all servers
     def __init__(self) -> None:
-        super().__init__(context=self.trust)
+        super().__init__(context=self.trust)                # with it the opener calls our do_open, for http and https
         self.idle: collections.deque[tuple[float, http.client.HTTPConnection]] = collections.deque()
     def do_open(self, http_class: Any, req: urllib.request.Request, **http_conn_args: Any) -> Any:
         """Return the Response. Raises URLError if there is no connection, else OSError or HTTPException."""
@@ -265,8 +267,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     body += answer.read1(2**16)
                     cut = answer.isclosed() and length not in (None, len(body))
                     if cut or len(body) > MAX_ANSWER or time.monotonic() > end:     # or it comes in drops
-                        raise http.client.IncompleteRead(b"")       # no sock: the server closes; after a 1xx more comes
-            keep = bool(connection.sock and answer.status > 199 and not req.has_header("Connection"))
+                        raise http.client.IncompleteRead(b"")
+            keep = bool(connection.sock and answer.status > 199 and not req.has_header("Connection"))  # 1xx: more comes
         finally:
             del self.deadlines[sock]
             if keep and len(self.idle) < MAX_POOL:
@@ -277,7 +279,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for name in ("Content-Type", "Location", "Set-Cookie")
             for value in answer.headers.get_all(name, []) if value])
 def trouble(call: str, response: Response) -> tuple[str, bool]:
-    """What is wrong with the server that answers so, "" if nothing is; and whether this takes it down, an outage."""
+    """What is wrong with the server that answers so, "" if nothing is; and then whether it is down, an outage."""
     status, xml = response.status, response.xml
     if xml.findtext("messageKey") == "checksumError":
         return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
@@ -294,7 +296,7 @@ class Server:
         self.down_since: float | None = time.monotonic()    # None: it is up, which it first has to show
         self.reason = "no answer yet"                       # why it is down
         self.answered, self.took = 0.0, 0.0                 # when it last gave a usable answer, in how many seconds
-        self.placed, self.meetings, self.people = 0, 0, 0   # new meetings it was given; what the last survey found
+        self.placed, self.meetings, self.participants = 0, 0, 0     # new ones it was given; what the last survey found
     def __str__(self) -> str:
         return self.entry.host
     def url_for(self, call: str, query: str) -> str:
@@ -335,7 +337,7 @@ class Meeting(NamedTuple):
     id: str
     server: Server
     created: int                        # BBB's createTime: milliseconds since 1970
-    people: int
+    participants: int
     heard: float                        # when, as time.monotonic
 class Cluster:
     """All servers: which one has a meeting, and which one gets a new one."""
@@ -361,13 +363,13 @@ class Cluster:
         return [server for server in self.servers if server.down_since is None]
     def ask(self, servers: Iterable[Server], request: Request, seconds: float) -> Iterator[tuple[Server, Response]]:
         """Ask servers at once and yield each with its answer as it comes. Who fails or takes longer is left out."""
-        asked = {self.asking.submit(server.call, request): server for server in servers}
+        calls = {self.asking.submit(server.call, request): server for server in servers}
         with contextlib.suppress(futures.TimeoutError):     # who stays silent fails a little later, and is marked down
-            for future in futures.as_completed(asked, seconds):
+            for future in futures.as_completed(calls, seconds):
                 with contextlib.suppress(Unavailable):      # logged where it was found out
-                    yield asked[future], future.result()
+                    yield calls[future], future.result()
     def find(self, meeting_id: str, for_sure: bool = False) -> tuple[Server | None, str]:
-        """The server that has the meeting, or None; and how we know. Raises Unavailable while its server is down."""
+        """The meeting's server, or None; and how we know. Raises Unavailable for HOLD after its server went down."""
         known, now = self.meetings.get(meeting_id), time.monotonic()
         if known and known.server.down_since is None and now - known.heard < MEETING_TTL:
             return known.server, "remembered"
@@ -375,10 +377,10 @@ class Cluster:
             raise Unavailable()
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe, began = self.probes.get(meeting_id, (None, now))
-            if not probe or (probe.done() and (for_sure or now - began > ABSENCE_TTL)):     # for_sure: never remembered
+            if not probe or (probe.done() and (for_sure or now - began > ABSENCE_TTL)):     # for_sure: asked anew
                 probe = self.probing.submit(self.probe, meeting_id, self.up())  # not in asking, for it waits there
                 self.probes[meeting_id] = probe, now
-        found = probe.result()[0]
+        found = probe.result()[0]           # who stays silent counts as a no: else one hung server would stop them all
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
         """The first of these servers that has the meeting, else None; and False if we cannot know: some did not say."""
@@ -447,7 +449,7 @@ class Cluster:
                     or known.created < number(item.findtext("createTime"))):        # else a twin, and the older one
                 self.remember(server, meeting_id, item, asked)
         server.meetings = len(items)
-        server.people = sum(max(0, number(item.findtext("participantCount"))) for item in items.values())
+        server.participants = sum(max(0, number(item.findtext("participantCount"))) for item in items.values())
         if server.down_since is not None and server.down_since <= asked:        # else it went down since
             server.down_since = None
             log.info("%s is up", server)
@@ -480,7 +482,7 @@ def join(cluster: Cluster, request: Request) -> Response:
         return relay(cluster, request)
     with contextlib.suppress(Unavailable):
         owner, why = cluster.find(request.meeting_id)
-        for server in [owner] if owner else cluster.up():   # nowhere: any will do, and says so in BBB's words
+        for server in [owner] if owner else cluster.up():   # nowhere: the first says so, in BBB's words
             request.chosen = f"{server} ({why})"
             return Response(302, b"", [("Location", server.url_for("join", request.query))])
     if request.language:                                    # a person waits
@@ -506,7 +508,7 @@ def place(cluster: Cluster, request: Request) -> Response:
 def create(cluster: Cluster, request: Request) -> Response:
     """To the server that has the meeting; a new one is placed. Once it has its server, creates run side by side."""
     with cluster.lock:
-        placing = cluster.creating.setdefault(request.meeting_id, threading.Lock())     # gone when nobody holds it
+        placing = cluster.creating.setdefault(request.meeting_id, threading.Lock())     # gone with its last user
     with placing:
         server, why = cluster.find(request.meeting_id, for_sure=True)
         if server is None or (server.entry.cordoned and cluster.denies(server, request.meeting_id)):
@@ -514,7 +516,7 @@ def create(cluster: Cluster, request: Request) -> Response:
     return server.call(request, why)
 def ask_all(cluster: Cluster, request: Request) -> dict[Server, Response]:
     """The answers of all servers that give one, in the order of the list. Raises Unavailable if there is none."""
-    brief = request.call in ("getMeetings", "getSessions")      # who lacks a recording takes it for deleted
+    brief = request.call in ("getMeetings", "getSessions")      # others wait: see recordings
     answers = dict(cluster.ask(cluster.up(), request, PATIENCE if brief else CONNECT_TIMEOUT + ANSWER_TIMEOUT))
     request.chosen = f"{len(answers)} of {len(cluster.servers)} servers"
     if not answers:
@@ -524,7 +526,7 @@ def best(answers: Iterable[Response]) -> Response:
     """The first answer that says SUCCESS, else the first in BBB's XML, else the first."""
     return max(answers, key=lambda response: (response.success, response.xml is not NOTHING))
 def merge_lists(cluster: Cluster, request: Request) -> Response:
-    """One list of what all servers have. A server without a usable answer is left out."""
+    """One list of what all servers have; who gives none is left out. Their own bytes if that is safe, else new XML."""
     answers, name = ask_all(cluster, request).values(), LISTS[request.call][0].encode()
     items, lists = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
     bodies = [answer.body.translate(PRINTABLE) for answer, own in zip(answers, lists) if own]
@@ -537,7 +539,7 @@ def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, R
     """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the
     request is in the lists of the others: a front end takes what a SUCCESS lacks for deleted."""
     answers, every = ask_all(cluster, Request("getRecordings", query)), len(cluster.servers)
-    lists = [response for response in answers.values()      # one without <recordings> refuses to list all at once
+    lists = [response for response in answers.values()      # no <recordings>: allowFetchAllRecordings is false there
              if response.success and ("limit" not in request.params or response.xml.find("recordings") is not None)]
     request.chosen = f"{len(lists)} of {every} servers"
     found = {item.findtext("recordID") for response in lists for item in response.xml.iter("recording")}
@@ -575,9 +577,10 @@ def destroy_hook(cluster: Cluster, request: Request) -> Response:
     urls = [url for _, hook_id, url in hooks if hook_id == request.params.get("hookID")]
     if not urls:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
+    request.chosen = f"{sum(url == urls[0] for _, _, url in hooks)} of {len(cluster.servers)} servers"
     return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook_id)}"))
                  for server, hook_id, url in hooks if url == urls[0]])
-CALLS: dict[str, Callable[[Cluster, Request], Response]] = {        # any other: relay, and "other" in metrics
+CALLS: dict[str, Callable[[Cluster, Request], Response]] = {    # any other: relay. See also READS, LISTS, ask_all
     "create": create, "join": join, "getRecordings": get_recordings, "hooks/destroy": destroy_hook,
     **dict.fromkeys(("getMeetingInfo", "isMeetingRunning", "end", "insertDocument", "sendChatMessage"), relay),
     **dict.fromkeys(("getMeetings", "getSessions", "hooks/list"), merge_lists),
@@ -594,7 +597,7 @@ def metrics(cluster: Cluster) -> Response:
     for name, text, value in (
             ("up", "Whether the server answers.", lambda server: int(server.down_since is None)),
             ("meetings", "Meetings on the server.", lambda server: server.meetings),
-            ("participants", "People in these meetings.", lambda server: server.people)):
+            ("participants", "People in these meetings.", lambda server: server.participants)):
         lines += [f"# HELP tinyscale_server_{name} {text}", f"# TYPE tinyscale_server_{name} gauge"]
         lines += [f'tinyscale_server_{name}{{server="{server}"}} {value(server)}' for server in cluster.servers]
     return Response(200, "\n".join([*lines, ""]).encode(), [("Content-Type", "text/plain; version=0.0.4")])
@@ -605,15 +608,14 @@ def state(server: Server) -> str:
     return "cordoned" if server.entry.cordoned else "up"
 def status(cluster: Cluster) -> Response:
     """A page for an admin to leave open: how the servers are, and which meeting runs where."""
-    most = [max(1, *values) for values in zip(*((server.meetings, server.people) for server in cluster.servers))]
+    most = [max(1, *values) for values in zip(*((server.meetings, server.participants) for server in cluster.servers))]
     servers = "".join(
         f'<tr class="{state(server).split()[0]}"><th>{server}<td>{html.escape(state(server))}' + "".join(
             f'<td>{count} {what}<meter max="{limit}" value="{count}"></meter>'
-            for limit, count, what in zip(most, (server.meetings, server.people), ("meetings", "people")))
+            for limit, count, what in zip(most, (server.meetings, server.participants), ("meetings", "people")))
         + f"<td>{1000 * server.took:.0f} ms<td>{server.placed} placed" for server in cluster.servers)
-    meetings = sorted({meeting.id: meeting for meeting in list(cluster.meetings.values())}.items())
-    rooms = "".join(f"<tr><th>{html.escape(key)}<td>{meeting.server}<td>{meeting.people} people"
-                    for key, meeting in meetings)
+    meetings = sorted({meeting.id: meeting for meeting in list(cluster.meetings.values())}.values())
+    rooms = "".join(f"<tr><th>{html.escape(it.id)}<td>{it.server}<td>{it.participants} people" for it in meetings)
     return page("en", f"{len(cluster.up())} of {len(cluster.servers)} servers up, {len(meetings)} meetings",
                 f"<table>{servers}</table><h2>Meetings</h2><table>{rooms}</table>", SURVEY_INTERVAL)
 def health(cluster: Cluster) -> Response:
@@ -637,33 +639,33 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
     """The settings, the listener, and a thread for each connection."""
     def __init__(self, path: str, bind: str, port: str) -> None:
         """Read the settings, and listen. Raises SettingsError."""
-        self.path, self.cluster, self.stopping = path, Cluster(), False
+        self.servers_file, self.cluster, self.stopping = path, Cluster(), False
         self.handlers: set[Handler] = set()     # one for each connection
         self.wake = threading.Event()           # set: read the settings again and survey now
         self.load()
         both = not bind and socket.has_dualstack_ipv6()     # IPv4 and IPv6
         with mistakes(f"PORT {port}, TINYSCALE_BIND {bind or 'all'}", "Choose another, or stop who has it."):
-            host, number = bind or ("::" if both else "0.0.0.0"), range(65536).index(int(port))
-            info: Any = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            address = bind or ("::" if both else "0.0.0.0"), range(65536).index(int(port))      # ValueError for others
+            info: Any = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
             super().__init__(info[4], Handler, bind_and_activate=False)     # else it asks DNS for our own name
             self.socket.close()
             self.socket = socket.create_server(info[4], family=info[0], backlog=BACKLOG, dualstack_ipv6=both)
         self.server_address = self.socket.getsockname()
-    def files(self) -> list[float]:
+    def written(self) -> list[float]:
         """When the files of the settings were written."""
-        names = self.path, *map(os.environ.get, ("TINYSCALE_SECRET_FILE", "TINYSCALE_CERT", "TINYSCALE_KEY"))
+        names = self.servers_file, *map(os.environ.get, ("TINYSCALE_SECRET_FILE", "TINYSCALE_CERT", "TINYSCALE_KEY"))
         return [os.path.getmtime(name) for name in names if name and os.path.exists(name)]
     def load(self) -> None:
         """Read the settings: all of them count from now on, or (so in one assignment) none. Raises SettingsError."""
-        self.loaded, password = self.files(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
-        entries, self.secrets, self.tls = load_servers(self.path), load_secrets(), load_tls()
+        self.loaded, password = self.written(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
+        entries, self.secrets, self.tls = load_servers(self.servers_file), load_secrets(), load_tls()
         self.login = b"Basic " + base64.b64encode(os.fsencode(f"admin:{password}")) if password else b""
         self.cluster.use(entries)
     def watch(self) -> None:
         """Survey the servers, and read the settings again when a file has changed, for ever."""
         while True:
             try:
-                if self.wake.wait(SURVEY_INTERVAL) or self.files() != self.loaded:
+                if self.wake.wait(SURVEY_INTERVAL) or self.written() != self.loaded:
                     self.wake.clear()
                     self.load()
                     log.info("the settings were read again: %d servers", len(self.cluster.servers))
@@ -735,7 +737,7 @@ class Handler(socketserver.StreamRequestHandler):
         lines = [line]
         while lines[-1] not in (b"\r\n", b""):
             lines.append(self.rfile.readline(MAX_HEAD))
-            if len(lines) > 102 or sum(map(len, lines)) > MAX_HEAD:
+            if len(lines) > 102 or sum(map(len, lines)) > MAX_HEAD:         # 100 fields
                 raise ApiError("badRequest", "The head of the request is too large", 431)
         match = HEAD.fullmatch(b"".join(lines).decode("latin-1"))
         if not match:
@@ -749,7 +751,7 @@ class Handler(socketserver.StreamRequestHandler):
         self.unread = int(lengths[0])
         self.close_connection = self.unread > 0 or minor == "0" or "close" in self.headers["connection"].lower()
     def answer(self) -> Response:
-        """The answer to a request whose head was read. Raises ApiError if it is refused."""
+        """The answer; ApiError if it is refused. Only join begins with j: joi?nmeetingID=x would have its checksum."""
         path, _, query = self.target.partition("?")
         if path in ("/bigbluebutton/", "/bigbluebutton/api", "/bigbluebutton/api/"):
             return VERSION
@@ -757,7 +759,7 @@ class Handler(socketserver.StreamRequestHandler):
             if path != "/health" and not hmac.compare_digest(self.headers["authorization"].encode(), self.server.login):
                 return Response(401, b"", [("WWW-Authenticate", 'Basic realm="tinyscale", charset="UTF-8"')])
             return PAGES[path](self.server.cluster)
-        match = re.fullmatch("/bigbluebutton/api/(join|(?!j)[A-Za-z]+(?:/[A-Za-z]+)*)", path)   # not joi?nmeetingID=x:
+        match = re.fullmatch("/bigbluebutton/api/(join|(?!j)[A-Za-z]+(?:/[A-Za-z]+)*)", path)
         if not match:
             raise ApiError("notFound", "There is nothing at this address", 404)
         self.current = Request(match[1])            # for the log, should the next line refuse it
@@ -800,20 +802,20 @@ class Handler(socketserver.StreamRequestHandler):
         self.unread = 0
         return body
     def respond(self, response: Response, outcome: str) -> None:
-        """Write the answer, and a line in the log."""
+        """Write a line in the log, even for a client that is gone: call, meetingID, server, outcome; and the answer."""
         self.note(WAITING)                                  # for the client to take the answer
         self.close_connection |= self.server.stopping
         head = "".join(f"{name}: {value}\r\n" for name, value in (
             ("Date", email.utils.formatdate(usegmt=True)), *response.headers, ("Content-Length", len(response.body)),
             ("Connection", "close" if self.close_connection else "keep-alive")))
         head = f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, '')}\r\n{head}\r\n"
-        self.wfile.write(head.encode("latin-1") + (b"" if self.method == "HEAD" else response.body))
         request, seconds, cluster = self.current, time.monotonic() - self.started, self.server.cluster
         with cluster.lock:
             for name, value in (("count", 1), ("sum", seconds)):
                 cluster.totals[request.call if request.call in CALLS else "other", outcome, name] += value
         log.info("%.99s %.300r %s %s %d %.0f ms", request.call, request.meeting_id,
                  request.chosen or self.client_address[0], outcome, response.status, 1000 * seconds)
+        self.wfile.write(head.encode("latin-1") + (b"" if self.method == "HEAD" else response.body))
         with contextlib.suppress(OSError):                  # a client that still sends might not see why it was refused
             while self.unread and time.monotonic() < self.since + LINGER:
                 self.connection.settimeout(LINGER)
@@ -858,7 +860,7 @@ def examine(server: Server) -> str:
                 certificate: Any = tls.getpeercert()
                 days = f"{(ssl.cert_time_to_seconds(certificate['notAfter']) - time.time()) / 86400:.0f} d"
     return (f"{server!s:40} {state(server):8} {1000 * server.took:5.0f} ms, BBB {version!r:9.9} "
-            f"{' '.join(accepted):27} certificate {days:>4}, {server.meetings:4} meetings, {server.people:5} people")
+            f"{' '.join(accepted):27} certificate {days:>4}, {server.meetings} meetings, {server.participants} people")
 def check(options: argparse.Namespace) -> int:
     """Try every server and print what came of it; return 1 if one is unusable."""
     cluster = Cluster()
@@ -866,15 +868,15 @@ def check(options: argparse.Namespace) -> int:
     logging.disable()
     cluster.survey(CONNECT_TIMEOUT + ANSWER_TIMEOUT)
     print(*cluster.asking.map(examine, cluster.servers), sep="\n")
-    bad = len(cluster.servers) - len(cluster.up())
-    print(f"Mend {bad} of {len(cluster.servers)}, or take them out of {options.servers}." if bad else "All is well.")
+    every, bad = len(cluster.servers), len(cluster.servers) - len(cluster.up())
+    print(f"Mend {bad} of {every}, or take them out of {options.servers}." if bad else "All is well.", flush=True)
     return 1 if bad else 0
 def url(options: argparse.Namespace) -> int:
     """Print the signed URL of a call."""
     call, _, query = options.call.partition("?")
     host = f"[{options.bind}]" if ":" in options.bind else options.bind or "localhost"
     query = sign(call, query, load_secrets()[0])
-    print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?{query}")
+    print(f"{'https' if load_tls() else 'http'}://{host}:{options.port}/bigbluebutton/api/{call}?{query}", flush=True)
     return 0
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -895,6 +897,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tinyscale: {error}", file=sys.stderr, flush=True)
         return 2
 if __name__ == "__main__":
-    exit_status = main()
-    sys.stdout.flush()
-    os._exit(exit_status)       # the threads of the pools may wait for a hung server, and Python would wait for them
+    os._exit(main())            # the threads of the pools may wait for a hung server, and Python would wait for them
