@@ -87,6 +87,16 @@ def until(condition, seconds=5.0):
     return condition()
 
 
+def certified(folder):
+    """Write the key and the certificate. Return the path of the PEM file, and the TLS of a server that has them."""
+    path = os.path.join(folder, "tls.pem")
+    with open(path, "w") as file:
+        file.write(KEY + CERTIFICATE)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(path)
+    return path, tls
+
+
 def background(job, *args):
     """Run a job in a thread of its own. Return the future of its result."""
     future = futures.Future()
@@ -807,6 +817,16 @@ class ServersFileTest(ClusterTest):
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [5, 1, 2])    # the circle goes on where it was
         self.assertEqual(gone.count("getMeetings", "getMeetingInfo"), 0)
 
+    def test_a_create_whose_server_is_taken_out_meanwhile_is_not_remembered(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["create"] = held(gate, arrived)
+        create = background(self.create, "room")
+        arrived.wait(5)
+        self.load(self.entries()[1:])
+        gate.set()
+        self.assertEqual(create.result(5).returncode, "SUCCESS")
+        self.assertEqual(self.cluster.meetings, {})
+
     def test_the_watch_takes_up_a_new_file_and_keeps_the_old_list_if_it_is_broken(self):
         patch = mock.patch.dict(os.environ, TINYSCALE_SECRET=SECRET)
         patch.start()
@@ -823,6 +843,11 @@ class ServersFileTest(ClusterTest):
             os.remove(self.path)
             self.fakes[0].put("after the file was gone")
             self.assertTrue(until(lambda: "after the file was gone" in self.cluster.meetings))
+
+    def test_a_mended_mode_of_a_file_is_noticed(self):
+        before = self.balancer.changed()
+        os.chmod(self.path, 0o640)
+        self.assertNotEqual(self.balancer.changed(), before)
 
 
 # ---- where a call goes -----------------------------------------------------------------------------------------------
@@ -957,6 +982,20 @@ class RoutingTest(ClusterTest):
                 self.assertNotEqual(answer.running, "false")
                 self.assertEqual(self.fakes[1].count(call), 2 if call == "getMeetingInfo" else 1)
                 self.fakes[1].meetings.clear()
+
+    def test_a_meeting_that_was_probed_and_moved_within_a_second_is_found_again(self):
+        self.fakes[0].put("room")
+        self.assertEqual(self.cluster.find("room"), (self.cluster.servers[0], "probed"))
+        self.fakes[1].meetings["room"] = self.fakes[0].meetings.pop("room")
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").meetingID, "room")
+        self.assertEqual(self.cluster.find("room")[0], self.cluster.servers[1])
+
+    def test_a_join_without_redirect_that_is_denied_is_sent_to_the_right_server(self):
+        self.fakes[0].put("room")
+        self.survey()
+        self.fakes[1].meetings["room"] = self.fakes[0].meetings.pop("room")
+        self.assertEqual(self.get("join", "meetingID=room&fullName=X&redirect=false").messageKey, "successfullyJoined")
+        self.assertEqual(self.counts("join"), [1, 1, 0])
 
     def test_a_denial_about_something_else_asks_nobody_else(self):
         self.create("room")
@@ -1547,7 +1586,7 @@ class OutageTest(ClusterTest):
     def test_a_message_of_a_server_cannot_forge_lines_of_the_log(self):
         self.fakes[0].faults["getMeetings"] = lambda handler: failed("x\nforged line" + "y" * 500)
         self.survey()
-        self.assertIn("getMeetings failed", self.log.getvalue())
+        self.assertIn("is down: getMeetings: 'x", self.log.getvalue())
         self.assertNotIn("\nforged", self.log.getvalue())
         self.assertNotIn("yyyy" * 50, self.log.getvalue())
 
@@ -1561,11 +1600,64 @@ class OutageTest(ClusterTest):
         self.assertEqual(answer.status, 413)
         self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
 
-    def test_a_control_character_in_one_name_hides_nothing(self):
-        self.fakes[0].put("room").name = "a\x08b"
+    def test_over_https_too_one_refused_body_is_no_outage_and_reads_share_a_connection(self):
+        path, self.fakes[0].tls = certified(os.path.dirname(self.path))
+        with mock.patch.object(tinyscale.KeepAliveHandler, "trust", ssl.create_default_context(cafile=path)):
+            self.write_servers()
+            self.start()
+        self.fakes[0].put("room")
         self.survey()
-        self.assertEqual(len(self.get("getMeetings").xml.findall("meetings/meeting")), 1)
-        self.assertEqual(self.cluster.find("room")[1], "remembered")
+        before = set(self.fakes[0].sockets)
+        for _ in range(5):
+            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual(self.fakes[0].sockets, before)
+        self.fakes[0].refuses_bodies = True
+        for _ in range(5):
+            answer = self.get("insertDocument", "meetingID=room", method="POST", body=b"<" + b"x" * 5 * 2**20,
+                              headers={"Content-Type": "text/xml"})
+            self.assertEqual((answer.status, self.cluster.servers[0].down_since), (413, None))
+
+    def test_a_call_that_changes_something_is_not_repeated_at_another_server_after_silence(self):
+        for fault in (silent, reset, status(504)):
+            with self.subTest(fault):
+                self.fakes[0].faults["paintTheWalls"] = fault
+                self.assertEqual(self.get("paintTheWalls").messageKey, "serverUnavailable")
+                self.assertEqual(self.counts("paintTheWalls"), [1, 0, 0])
+                self.survey()
+        self.fakes[0].faults["paintTheWalls"] = status(502)         # it has not even begun
+        self.assertEqual((self.get("paintTheWalls").status, self.counts("paintTheWalls")), (404, [1, 1, 0]))
+        self.survey()
+        self.fakes[0].faults["getMeetingInfo"] = silent             # which may be repeated
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=").messageKey, "missingParamMeetingID")
+
+    def test_a_character_in_a_name_that_xml_forbids_hides_nothing(self):
+        for character in "\x00\x08\x1f\ufffe\uffff":
+            with self.subTest(character):
+                self.fakes[0].put("room").name = f"a{character}b"
+                self.survey()
+                self.assertEqual(self.get("getMeetings").xml.findtext("meetings/meeting/meetingName"), "a b")
+                self.assertEqual(self.get("getMeetingInfo", "meetingID=room").meetingName, "a b")
+                self.assertEqual(self.cluster.find("room")[1], "remembered")
+                self.assertIsNone(self.cluster.servers[0].down_since)
+
+    def test_a_meeting_whose_server_is_slow_for_long_stays_there(self):
+        """It answers some calls, so it is up; but no survey, so memory is stale, and no probe."""
+        for other_calls_are_answered in (True, False):
+            with self.subTest(other_calls_are_answered=other_calls_are_answered):
+                self.fakes[0].put("room")
+                self.survey()
+                self.fakes[0].faults["getMeetingInfo"] = silent
+                self.clock.ahead += tinyscale.MEETING_TTL + 1
+                probe = background(self.cluster.find, "room")
+                until(lambda: self.fakes[0].count("getMeetingInfo"))
+                if other_calls_are_answered:
+                    self.cluster.servers[0].call(tinyscale.Request("hooks/list"))
+                self.assertEqual(probe.result(5), (self.cluster.servers[0], "remembered"))
+                self.assertEqual(self.cluster.servers[0].down_since is None, other_calls_are_answered)
+                self.create("room")
+                self.assertEqual(self.having("room"), [self.fakes[0]])
+                self.fakes[0].faults.clear()
+                self.survey()
 
     def test_slow_lists_hold_up_neither_surveys_nor_new_meetings(self):
         gate = threading.Event()
@@ -2524,6 +2616,7 @@ class ProcessTest(unittest.TestCase):
                 return False
             return True
         self.assertTrue(until(refused))
+        process.send_signal(signal.SIGHUP)          # as a terminal that closes sends it
         self.assertIsNone(process.poll())
         gate.set()
         answer = slow.result(10)
@@ -2581,7 +2674,7 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(self.get(port, "create", "meetingID=room").returncode, "SUCCESS")
 
     def test_check_tells_all_about_each_server(self):
-        certificate, tls = self.certificate()
+        certificate, tls = certified(self.folder)
         secure = FakeBBB("bbb3", tls=tls)
         self.addCleanup(secure.down)
         secure.put("room", people=7)
@@ -2616,17 +2709,9 @@ class ProcessTest(unittest.TestCase):
                                  "Mend 2 of 2, or take them out of servers.json.\n$")
         self.assertNotIn("\033", output)
 
-    def certificate(self):
-        """The path of a PEM file, and a fake's TLS with it."""
-        path = os.path.join(self.folder, "tls.pem")
-        with open(path, "w") as file:
-            file.write(KEY + CERTIFICATE)
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(path)
-        return path, tls
 
     def test_it_serves_https_itself_and_takes_up_a_new_certificate(self):
-        certificate, _ = self.certificate()
+        certificate, _ = certified(self.folder)
         process, port = self.started(TINYSCALE_CERT=certificate)
         trust = ssl.create_default_context(cafile=certificate)
         mute = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(20)]       # none stops the others

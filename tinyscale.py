@@ -11,13 +11,11 @@ The way of a call; the file has its sections from the bottom up, and a class's m
           find, in_turn  Cluster            who has the meeting, who gets it
             call()       Server             signed again; urllib calls do_open(); a failure marks the server down
       respond()          Handler            a line in the log, and the answer
-
 In memory is where each meeting was last seen and which servers are down: hints, renewed by a survey every ten seconds.
 It holds your servers' secrets, so read it before you run it: first verify (who may call), Handler.read_head to respond
 (what strangers may send, what is logged), Server.call, exchange and parse (what servers are sent and may answer).
 """
-# isort: off
-from __future__ import annotations
+from __future__ import annotations  # noqa: I001
 import argparse, base64, collections, contextlib, email.utils, hashlib, hmac, html, http.client, http.server, json
 import logging, os, re, resource, signal, socket, socketserver, ssl, sys, threading, time, traceback, urllib.error
 import urllib.request, weakref, xml.etree.ElementTree as ET
@@ -39,13 +37,12 @@ DRAIN_TIMEOUT = 10                  # seconds that a stop waits for calls in pro
 MAX_CONNECTIONS, BACKLOG = 1000, 1024       # clients, a thread each; those that wait to be accepted when school begins
 MAX_POOL, POOL_TIMEOUT = 32, 30     # connections kept to a server; seconds each waits for a call (nginx waits 75)
 MAX_PROBES, MAX_ASKED = 64, 1000    # meetings searched for at once; calls put to several servers at once, a thread each
-MAX_HEAD, MAX_BODY = 2**16, 100 * 2**20     # bytes of a request's head, or of a form; of slides
-MAX_ANSWER = 32 * 2**20             # bytes of a server's answer: some 10,000 recordings; in memory up to 25 times that
+MAX_HEAD, MAX_BODY, MAX_ANSWER = 2**16, 100 * 2**20, 2**25      # bytes of a request's head or form; slides; an answer
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 NOTHING = ET.Element("nothing")         # in place of an answer that is no XML of BBB
 READS = {"getMeetings", "getMeetingInfo", "isMeetingRunning", "getRecordings"}      # change nothing: may be repeated
-PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))    # XML forbids others
+PRINTABLE = bytes(byte if byte > 31 or byte in b"\t\r\n" else 32 for byte in range(256))
 @dataclass
 class Request:
     """A call, a client's or our own. What a client sent, but for `call`, is in it only once its checksum was right."""
@@ -80,10 +77,11 @@ class ApiError(Exception):
         return Response(self.status, f"<response><returncode>FAILED</returncode><messageKey>{self.key}</messageKey>"
                         f"<message>{self.message}</message></response>".encode())
 class Unavailable(ApiError):
-    """No usable answer from a server, or from any. `acted`: it may have carried out the call all the same."""
-    def __init__(self, acted: bool = False) -> None:
+    """No usable answer from a server, which may have carried out the call all the same; or from any."""
+    def __init__(self) -> None:
         super().__init__("serverUnavailable", "The server cannot be reached now. Please try again in a minute.")
-        self.acted = acted
+class Unreachable(Unavailable):
+    """A server that cannot have carried out the call: another one may be asked."""
 RETRY_TEXTS = {     # by language: title and text of the page
     "en": ("One moment, please", "The server of this room cannot be reached right now. This page tries again itself."),
     "de": ("Einen Moment bitte", "Der Server dieses Raums ist gerade nicht erreichbar. Die Seite versucht es weiter.")}
@@ -109,11 +107,12 @@ LISTS = {   # call -> the list's tag, an item's, its ID's, its time's ("": none)
         "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
     "hooks/list": ("hooks", "hook", "callbackURL", "", "<hooks></hooks>")}
 def parse(response: Response) -> Response:
-    """The response with its xml, if it begins as BBB's: nothing before <response> could declare entities. In UTF-8."""
-    body = response.body.translate(PRINTABLE)
+    """The response with its xml, if it begins as BBB's: nothing before <response> could declare entities. In UTF-8,
+    with spaces for what XML forbids, control characters, U+FFFE and U+FFFF: one in a name would hide a whole list."""
+    body = response.body.translate(PRINTABLE).replace(b"\xef\xbf\xbe", b" ").replace(b"\xef\xbf\xbf", b" ")
     with contextlib.suppress(ET.ParseError, ValueError):
         if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml [^>]*>\s*)?<response>", body):
-            return response._replace(xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
+            return response._replace(body=body, xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
     return response
 def number(text: str | None) -> int:
     """A number in BBB's XML or parameters; -1 if the text is no such number."""
@@ -259,7 +258,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.deadlines[sock] = end
         try:
             sock.settimeout(req.timeout)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):    # it may have refused a body half sent
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):   # it refused half a body
                 connection.request(req.get_method(), req.selector, req.data, {**req.headers, **req.unredirected_hdrs})
             with connection.getresponse() as answer:
                 body, length = bytearray(), answer.length
@@ -312,24 +311,24 @@ class Server:
         try:
             response = parse(self.opener.open(signed, timeout=timeout))
         except urllib.error.URLError as error:
-            raise self.failed(call, f"no connection: {error.reason}") from error
+            raise self.failed(call, f"no connection: {error.reason}", Unreachable()) from error
         except (OSError, http.client.HTTPException, ValueError) as error:       # only its type: its text may quote
             silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else another call was answered
             reason = f"no answer in {timeout} s" if silent else f"broken answer: {type(error).__name__}"
-            raise self.failed(call, reason, acted=True, outage=outage) from error
+            raise self.failed(call, reason, Unavailable(), outage) from error
         reason, outage = trouble(call, response)
         if reason:
-            raise self.failed(call, reason, acted=response.status == 504, outage=outage)
+            raise self.failed(call, reason, Unavailable() if response.status == 504 else Unreachable(), outage)
         self.answered, self.took = time.monotonic(), time.monotonic() - asked
         return response
-    def failed(self, call: str, reason: str, acted: bool = False, outage: bool = True) -> Unavailable:
-        """Return the error to raise; log news. An outage marks the server down, but webhooks are another program."""
+    def failed(self, call: str, reason: str, error: Unavailable, outage: bool = True) -> Unavailable:
+        """Log news; return the error to raise. An outage marks the server down, but webhooks are another program."""
         news, outage = self.down_since is None or self.reason != reason, outage and not call.startswith("hooks/")
         if outage:
             self.down_since, self.reason = self.down_since or time.monotonic(), reason
         if news:
             log.warning("%s %s: %s", self, "is down" if outage else f"failed at {call}", reason)
-        return Unavailable(acted)
+        return error
 
 # ---- all servers -----------------------------------------------------------------------------------------------------
 class Meeting(NamedTuple):
@@ -347,7 +346,7 @@ class Cluster:
         self.turn = 0                               # in in_turn's circle
         self.meetings: dict[str, Meeting] = {}      # by meetingID and by internalMeetingID: BBB accepts both
         self.creating: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
-        self.asking, self.probing = futures.ThreadPoolExecutor(MAX_ASKED), futures.ThreadPoolExecutor(MAX_PROBES)
+        self.asking, self.probing = map(futures.ThreadPoolExecutor, (MAX_ASKED, MAX_PROBES))   # a probe waits in asking
         self.probes: dict[str, tuple[futures.Future[tuple[Server | None, bool]], float]] = {}   # by meetingID, and when
         self.twins: set[str] = set()                # meetings that the last survey found on more than one server
         self.totals: dict[tuple[str, str, str], float] = collections.defaultdict(float)     # of calls, for metrics
@@ -377,10 +376,11 @@ class Cluster:
             raise Unavailable()
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe, began = self.probes.get(meeting_id, (None, now))
-            if not probe or (probe.done() and (for_sure or now - began > ABSENCE_TTL)):     # for_sure: asked anew
-                probe = self.probing.submit(self.probe, meeting_id, self.up())  # not in asking, for it waits there
-                self.probes[meeting_id] = probe, now
-        found = probe.result()[0]           # who stays silent counts as a no: else one hung server would stop them all
+            if not probe or (probe.done() and (for_sure or probe.result()[0] or now - began > ABSENCE_TTL)):
+                probe, _ = self.probes[meeting_id] = self.probing.submit(self.probe, meeting_id, self.up()), now
+        found, sure = probe.result()
+        if known and not found and not sure and now - (known.server.down_since or now) < HOLD:
+            return known.server, "remembered"       # silence is no denial, but for what nobody has ever told of
         return found, "probed" if found else "nowhere"
     def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
         """The first of these servers that has the meeting, else None; and False if we cannot know: some did not say."""
@@ -401,9 +401,9 @@ class Cluster:
         """Note that the server has the meeting, as it told; if that is NOTHING, that it may have it."""
         meeting = Meeting(told.findtext("meetingID") or meeting_id, server, number(told.findtext("createTime")),
                           max(0, number(told.findtext("participantCount"))), heard or time.monotonic())
+        ids = {meeting_id, meeting.id, told.findtext("internalMeetingID") or meeting_id}
         with self.lock:
-            for key in {meeting_id, meeting.id, told.findtext("internalMeetingID") or meeting_id}:
-                self.meetings[key] = meeting
+            self.meetings.update(dict.fromkeys(ids if server in self.servers else (), meeting))     # it may be removed
     def forget(self, meeting_id: str, server: Server, asked: float) -> None:
         """Note that the server did not have the meeting at the time `asked`. One created since, or just now, stays."""
         with self.lock:
@@ -431,7 +431,7 @@ class Cluster:
                 for meeting_id in self.learn(server, response, asked):
                     runs_on[meeting_id].append(str(server))
             else:
-                server.failed("getMeetings", f"getMeetings failed: {response.xml.findtext('messageKey')!r:.80}")
+                server.failed("getMeetings", f"getMeetings: {response.xml.findtext('messageKey')!r:.80}", Unavailable())
         twins = {meeting_id for meeting_id, servers in runs_on.items() if len(servers) > 1}
         for meeting_id in twins - self.twins:
             log.warning("meeting %r runs on %s: the newer one counts", meeting_id, " and ".join(runs_on[meeting_id]))
@@ -459,7 +459,7 @@ class Cluster:
 def relay_anywhere(cluster: Cluster, request: Request, why: str = "any") -> Response:
     """A call about no meeting or recording that we know: to the first server that answers, so that BBB itself does."""
     for server in cluster.up():
-        with contextlib.suppress(Unavailable):
+        with contextlib.suppress(Unavailable if request.call in READS else Unreachable):
             return server.call(request, why)
     raise Unavailable()
 def relay(cluster: Cluster, request: Request) -> Response:
@@ -470,7 +470,7 @@ def relay(cluster: Cluster, request: Request) -> Response:
     if server is None:
         return relay_anywhere(cluster, request, why)
     response = server.call(request, why)
-    denied = response.xml.findtext("returncode") == "FAILED" or (
+    denied = response.status == 302 or response.xml.findtext("returncode") == "FAILED" or (     # 302: a join
         request.call == "isMeetingRunning" and response.xml.findtext("running") == "false")
     if denied and cluster.denies(server, request.meeting_id):       # else FAILED is about something else
         other = cluster.find(request.meeting_id)[0]
@@ -495,9 +495,9 @@ def place(cluster: Cluster, request: Request) -> Response:
     for server in servers:
         try:
             response = server.call(request, why)
-        except Unavailable as error:
-            if not error.acted:
-                continue
+        except Unreachable:
+            continue
+        except Unavailable:
             cluster.remember(server, request.meeting_id, NOTHING)       # it may have it now: the next create asks there
             raise
         if response.success or response.status >= 500:      # which may have created it
@@ -529,7 +529,7 @@ def merge_lists(cluster: Cluster, request: Request) -> Response:
     """One list of what all servers have; who gives none is left out. Their own bytes if that is safe, else new XML."""
     answers, name = ask_all(cluster, request).values(), LISTS[request.call][0].encode()
     items, lists = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
-    bodies = [answer.body.translate(PRINTABLE) for answer, own in zip(answers, lists) if own]
+    bodies = [answer.body for answer, own in zip(answers, lists) if own]
     inner = [body.partition(b"<%b>" % name)[2].rpartition(b"</%b>" % name)[0] for body in bodies    # quick, unchanged
              if body.count(b"<" + name) == body.count(b"</" + name) == 1]       # else one may stand in a comment
     if not all(inner) or len(inner) < len(bodies) or len(items) < sum(map(len, lists)):     # or some are on two servers
@@ -651,13 +651,13 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
             self.socket.close()
             self.socket = socket.create_server(info[4], family=info[0], backlog=BACKLOG, dualstack_ipv6=both)
         self.server_address = self.socket.getsockname()
-    def written(self) -> list[float]:
-        """When the files of the settings were written."""
+    def changed(self) -> list[float]:
+        """When the files of the settings, their names or their modes were changed."""
         names = self.servers_file, *map(os.environ.get, ("TINYSCALE_SECRET_FILE", "TINYSCALE_CERT", "TINYSCALE_KEY"))
-        return [os.path.getmtime(name) for name in names if name and os.path.exists(name)]
+        return [os.path.getctime(name) for name in names if name and os.path.exists(name)]
     def load(self) -> None:
         """Read the settings: all of them count from now on, or (so in one assignment) none. Raises SettingsError."""
-        self.loaded, password = self.written(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
+        self.loaded, password = self.changed(), os.environ.get("TINYSCALE_STATUS_PASSWORD", "").strip()
         entries, self.secrets, self.tls = load_servers(self.servers_file), load_secrets(), load_tls()
         self.login = b"Basic " + base64.b64encode(os.fsencode(f"admin:{password}")) if password else b""
         self.cluster.use(entries)
@@ -665,7 +665,7 @@ class LoadBalancer(http.server.ThreadingHTTPServer):
         """Survey the servers, and read the settings again when a file has changed, for ever."""
         while True:
             try:
-                if self.wake.wait(SURVEY_INTERVAL) or self.written() != self.loaded:
+                if self.wake.wait(SURVEY_INTERVAL) or self.changed() != self.loaded:
                     self.wake.clear()
                     self.load()
                     log.info("the settings were read again: %d servers", len(self.cluster.servers))
@@ -839,7 +839,7 @@ def serve(options: argparse.Namespace) -> int:
     log.info("stopping")
     for last in (signal.SIGINT, signal.SIGTERM):            # a second one ends at once, as PID 1 too
         signal.signal(last, lambda *_: os._exit(1))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals - {signal.SIGHUP})
     balancer.stop()
     return 0
 def examine(server: Server) -> str:
