@@ -844,6 +844,15 @@ class ServersFileTest(ClusterTest):
             self.fakes[0].put("after the file was gone")
             self.assertTrue(until(lambda: "after the file was gone" in self.cluster.meetings))
 
+    def test_the_watch_goes_on_after_a_mistake_of_ours(self):
+        survey = mock.Mock(side_effect=[KeyError("a query"), *[None] * 1000])
+        with mock.patch.multiple(tinyscale, SURVEY_INTERVAL=0.05), mock.patch.object(self.cluster, "survey", survey):
+            watch = background(self.balancer.watch)
+            self.assertTrue(until(lambda: survey.call_count >= 3))
+            self.assertFalse(watch.done() and watch.exception(0))
+        self.assertIn("a survey failed with KeyError. Please report this", self.log.getvalue())
+        self.assertNotIn("a query", self.log.getvalue())
+
     def test_a_mended_mode_of_a_file_is_noticed(self):
         before = self.balancer.changed()
         os.chmod(self.path, 0o640)
@@ -1152,6 +1161,7 @@ class CreateTest(ClusterTest):
             headers = {"Content-Type": "text/xml"}
             calls = [background(self.create, "room"), background(
                 lambda: self.get("insertDocument", "meetingID=room", method="POST", body=b"<x/>", headers=headers))]
+            self.assertEqual(self.get("sendChatMessage", "meetingID=room").messageKey, "serverUnavailable")
             self.assertEqual([call.result(5).returncode for call in calls], ["SUCCESS"] * 2)
 
     def test_passwords_are_bbbs_business(self):
@@ -1446,6 +1456,7 @@ class OutageTest(ClusterTest):
         arrived.wait(5)
         self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
         self.assertEqual(slow.result(5).messageKey, "serverUnavailable")
+        self.assertIn(f"{owner.url} failed at sendChatMessage: no answer in 0.5 s", self.log.getvalue())
         gate.set()
         self.assertIsNone(self.cluster.servers[0].down_since)
 
@@ -2671,6 +2682,9 @@ class ProcessTest(unittest.TestCase):
             self.write_servers(text)
             process.send_signal(signal.SIGHUP)
             self.assertIn(words, next(line for line in process.stderr if "settings" in line))
+        process.send_signal(signal.SIGHUP)                          # though no file has changed
+        again = background(next, (line for line in process.stderr if "settings" in line))
+        self.assertIn("were read again: 2 servers", again.result(5))
         self.assertEqual(self.get(port, "create", "meetingID=room").returncode, "SUCCESS")
 
     def test_check_tells_all_about_each_server(self):
@@ -2755,6 +2769,13 @@ class ProcessTest(unittest.TestCase):
         process.send_signal(signal.SIGHUP)
         next(line for line in process.stderr if "were read again" in line)
         self.assertEqual(self.get(port, "getMeetings").returncode, "SUCCESS")
+
+    def test_url_knows_where_tinyscale_listens(self):
+        certificate, _ = certified(self.folder)
+        for env, expected in (({"PORT": "80"}, "http://localhost:80/"), ({"TINYSCALE_BIND": "::1"}, "http://[::1]:0/"),
+                              ({"TINYSCALE_CERT": certificate}, "https://localhost:0/")):
+            output, _ = self.run_it("url", **env).communicate(timeout=20)
+            self.assertTrue(output.startswith(f"{expected}bigbluebutton/api/getMeetings?checksum="), output)
 
     def test_url_prints_a_url_that_works(self):
         _, port = self.started()
