@@ -2314,6 +2314,15 @@ class HttpTest(ClusterTest):
         self.assertTrue(until(lambda: "127.0.0.1 broke off" in self.log.getvalue()))
         self.assertIn(f"end 'room' {self.fakes[0].url} (remembered) success 200 ", self.log.getvalue())
 
+    def test_a_body_that_is_cut_short_reaches_no_server(self):
+        head = f"POST /bigbluebutton/api/create?{signed('create', 'meetingID=room')} HTTP/1.1\r\nContent-Type: text/xml\r\n"
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n<half".encode())
+            connection.shutdown(socket.SHUT_WR)
+            self.assertEqual(connection.recv(100), b"")
+        self.assertTrue(until(lambda: "broke off: the body of its request was cut short" in self.log.getvalue()))
+        self.assertEqual(self.fakes[0].calls, [])
+
     def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
         post = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 100\r\n\r\nhalf"
         for data in (post, f"GET {self.PATH} HTTP/1.1\r\nX: ", f"GET {self.PATH} HTTP/1.1\r\nX: y\r\n"):
