@@ -2315,9 +2315,9 @@ class HttpTest(ClusterTest):
         self.assertIn(f"end 'room' {self.fakes[0].url} (remembered) success 200 ", self.log.getvalue())
 
     def test_a_body_that_is_cut_short_reaches_no_server(self):
-        head = f"POST /bigbluebutton/api/create?{signed('create', 'meetingID=room')} HTTP/1.1\r\nContent-Type: text/xml\r\n"
+        query, head = signed("create", "meetingID=room"), "Content-Type: text/xml\r\nContent-Length: 100\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
-            connection.sendall(f"{head}Content-Length: 100\r\n\r\n<half".encode())
+            connection.sendall(f"POST /bigbluebutton/api/create?{query} HTTP/1.1\r\n{head}<half".encode())
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(100), b"")
         self.assertTrue(until(lambda: "broke off: the body of its request was cut short" in self.log.getvalue()))
