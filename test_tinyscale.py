@@ -1651,6 +1651,44 @@ class OutageTest(ClusterTest):
                 self.assertEqual(self.cluster.find("room")[1], "remembered")
                 self.assertIsNone(self.cluster.servers[0].down_since)
 
+    def test_a_body_that_bbb_refuses_as_a_wrong_checksum_takes_no_server_down(self):
+        for fake in self.fakes:
+            fake.faults["create"] = lambda handler: failed("checksumError")     # parameters in the URL and in the body
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        answer = self.create("room", method="POST", body=b"--B--", headers=headers)
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+        self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
+
+    def test_a_create_that_is_answered_with_an_early_hint_is_not_tried_elsewhere(self):
+        hint = sends(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        self.fakes[0].faults["create"] = lambda handler: (hint(handler), proper(handler))[1]
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.assertEqual((self.counts("create"), self.having("room")), ([1, 0, 0], [self.fakes[0]]))
+
+    def test_what_a_survey_finds_during_a_probe_counts(self):
+        self.fakes[0].put("room")
+        self.fakes[0].faults["*"] = status(502)
+        self.start()
+        self.cluster.turn = 1                       # the next new meeting is for another server
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[1].faults["getMeetingInfo"] = held(gate, arrived)
+        with mock.patch.multiple(tinyscale, PATIENCE=5):
+            create = background(self.create, "room")
+            arrived.wait(5)
+            self.fakes[0].faults.clear()
+            self.survey()                           # shows that it is up, and has the meeting
+            gate.set()
+            self.assertEqual(create.result(5).messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [self.fakes[0]])
+
+    def test_a_probe_that_had_to_wait_does_not_ask_who_went_down_meanwhile(self):
+        with mock.patch.multiple(tinyscale, MAX_PROBES=2):
+            self.start()
+        self.fakes[1].faults["*"] = silent
+        answers = self.together([lambda number=number: self.create(f"room{number}") for number in range(8)])
+        self.assertEqual({answer.returncode for answer in answers}, {"SUCCESS"})
+        self.assertEqual(self.fakes[1].count("getMeetingInfo"), 2)
+
     def test_a_meeting_whose_server_is_slow_for_long_stays_there(self):
         """It answers some calls, so it is up; but no survey, so memory is stale, and no probe."""
         for other_calls_are_answered in (True, False):

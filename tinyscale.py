@@ -277,11 +277,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return Response(answer.status, bytes(body), [
             (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for name in ("Content-Type", "Location", "Set-Cookie")
             for value in answer.headers.get_all(name, []) if value])
-def trouble(call: str, response: Response) -> tuple[str, bool]:
+def trouble(call: str, response: Response, has_body: bool) -> tuple[str, bool]:
     """What is wrong with the server that answers so, "" if nothing is; and then whether it is down, an outage."""
     status, xml = response.status, response.xml
-    if xml.findtext("messageKey") == "checksumError":
-        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", True
+    if xml.findtext("messageKey") == "checksumError":       # so BBB says of parameters in a body, too
+        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", not has_body
     gone = status in (502, 503, 504) or status < 200 or (300 <= status < 400 and call != "join")    # BBB is not there
     broken = gone or (call in READS and (status >= 500 or (status < 300 and xml is NOTHING)))   # maybe for one meeting
     return (f"HTTP {status} without an answer of BigBlueButton" if broken else ""), gone or call == "getMeetings"
@@ -316,9 +316,9 @@ class Server:
             silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else another call was answered
             reason = f"no answer in {timeout} s" if silent else f"broken answer: {type(error).__name__}"
             raise self.failed(call, reason, Unavailable(), outage) from error
-        reason, outage = trouble(call, response)
+        reason, outage = trouble(call, response, bool(request.body))
         if reason:
-            raise self.failed(call, reason, Unavailable() if response.status == 504 else Unreachable(), outage)
+            raise self.failed(call, reason, Unreachable() if 504 != response.status > 199 else Unavailable(), outage)
         self.answered, self.took = time.monotonic(), time.monotonic() - asked
         return response
     def failed(self, call: str, reason: str, error: Unavailable, outage: bool = True) -> Unavailable:
@@ -377,14 +377,14 @@ class Cluster:
         with self.lock:                             # who asks for the same meeting meanwhile shares the answer
             probe, began = self.probes.get(meeting_id, (None, now))
             if not probe or (probe.done() and (for_sure or probe.result()[0] or now - began > ABSENCE_TTL)):
-                probe, _ = self.probes[meeting_id] = self.probing.submit(self.probe, meeting_id, self.up()), now
-        found, sure = probe.result()
-        if known and not found and not sure and now - (known.server.down_since or now) < HOLD:
-            return known.server, "remembered"       # silence is no denial, but for what nobody has ever told of
+                probe, _ = self.probes[meeting_id] = self.probing.submit(self.probe, meeting_id), now
+        found, known = probe.result()[0], self.meetings.get(meeting_id)     # forgotten, if its server denied it
+        if known and not found and now - (known.server.down_since or now) < HOLD:
+            return known.server, "remembered"       # by a survey since; or its server is silent, which is no denial
         return found, "probed" if found else "nowhere"
-    def probe(self, meeting_id: str, servers: Sequence[Server]) -> tuple[Server | None, bool]:
-        """The first of these servers that has the meeting, else None; and False if we cannot know: some did not say."""
-        asked, denials = time.monotonic(), 0
+    def probe(self, meeting_id: str, servers: Sequence[Server] = ()) -> tuple[Server | None, bool]:
+        """The first of these servers, or of all, that has the meeting, else None; and whether each denies it."""
+        asked, denials, servers = time.monotonic(), 0, servers or self.up()
         question = Request("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}", timeout=PATIENCE)
         for server, response in self.ask(servers, question, CONNECT_TIMEOUT + PATIENCE):
             if response.success and meeting_id in map(response.xml.findtext, ("meetingID", "internalMeetingID")):
