@@ -528,6 +528,15 @@ class Answer:
         return self.xml.findtext(name)
 
 
+def fetch(port, path, method="GET", body=None, headers=None, trust=None):
+    """The Answer to a request over a connection of its own; over HTTPS if an SSLContext is given."""
+    connection = http.client.HTTPSConnection("localhost", port, timeout=10, context=trust) if trust else (
+        http.client.HTTPConnection("127.0.0.1", port, timeout=10))
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers or {})
+        return Answer(connection.getresponse())
+
+
 # tinyscale's limits where servers fail
 SHORT = (("CONNECT_TIMEOUT", 0.3), ("ANSWER_TIMEOUT", 0.3), ("WORK_TIMEOUT", 0.3), ("PATIENCE", 0.15))
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -570,6 +579,11 @@ class ClusterTest(unittest.TestCase):
             self.assertNotIn(secret, log)
         for word in re.findall("(?<![0-9a-f])[0-9a-f]{40,}(?![0-9a-f-])", log):     # else an internalMeetingID
             self.assertNotIn(len(word), DIGESTS)
+
+    def clear_log(self):
+        self.check_log()
+        self.log.seek(0)
+        self.log.truncate()
 
     def entries(self):
         return [{"host": fake.url + "/bigbluebutton/", "secret": fake.secret} for fake in self.fakes]
@@ -616,11 +630,8 @@ class ClusterTest(unittest.TestCase):
         for fake in self.fakes:
             fake.calls.clear()
 
-    def http(self, path, method="GET", body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, headers or {})
-            return Answer(connection.getresponse())
+    def http(self, path, *args, **kwargs):
+        return fetch(self.port, path, *args, **kwargs)
 
     def get(self, call, query="", secret=SECRET, digest="sha1", **kwargs):
         return self.http(f"/bigbluebutton/api/{call}?{signed(call, query, secret, digest)}", **kwargs)
@@ -2400,7 +2411,7 @@ class HttpTest(ClusterTest):
                       (b"GET /bigbluebutton/api/getMeetings?a=%s HTTP/1.1\r\n\r\n" % bad, 400)]
         for data, expected in table:
             with self.subTest(data[:120]):
-                self.log.truncate(0)
+                self.clear_log()
                 answer = self.talk(data + smuggled)
                 self.assertEqual(re.findall(rb"HTTP/1\.1 (\d{3}) ", answer), [b"%d" % expected], answer)
                 self.assertFalse(answer.endswith(b"..."))
@@ -2421,10 +2432,10 @@ class HttpTest(ClusterTest):
 
     def test_each_refusal_has_a_line_of_its_own(self):
         for path in ("/", "/", "/bigbluebutton/api/getMeetings", "/" + "x" * 70000, "/"):
-            self.log.truncate(0)
+            self.clear_log()
             self.talk(f"GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n".encode())
             self.assertTrue(until(lambda: "\n" in self.log.getvalue()))
-            self.assertRegex(self.log.getvalue().strip("\0"), r"^(-|getMeetings) '' 127\.0\.0\.1 "
+            self.assertRegex(self.log.getvalue(), r"^(-|getMeetings) '' 127\.0\.0\.1 "
                              r"(notFound 404|checksumError 200|badRequest 431) \d{1,4} ms\n$")
 
     def test_no_head_takes_long_to_refuse(self):
@@ -2494,7 +2505,7 @@ class HttpTest(ClusterTest):
     def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
         post = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 100\r\n\r\nhalf"
         for data in (post, f"GET {self.PATH} HTTP/1.1\r\nX: ", f"GET {self.PATH} HTTP/1.1\r\nX: y\r\n"):
-            self.log.truncate(0)
+            self.clear_log()
             with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
                 connection.sendall(data.encode())
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -2746,11 +2757,12 @@ class ProcessTest(unittest.TestCase):
                 return process, int(match[1])
         self.fail("".join(self.lines))
 
-    def get(self, port, call, query="", **kwargs):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        with contextlib.closing(connection):
-            connection.request("GET", f"/bigbluebutton/api/{call}?{signed(call, query)}", **kwargs)
-            return Answer(connection.getresponse())
+    def line(self, process, words):
+        """The next line of its log that has these words."""
+        return background(next, (line for line in process.stderr if words in line)).result(10)
+
+    def get(self, port, call, query=""):
+        return fetch(port, f"/bigbluebutton/api/{call}?{signed(call, query)}")
 
     def test_mistakes_end_in_one_line_and_status_2(self):
         mistakes = (({"TINYSCALE_SECRET": ""}, "TINYSCALE_SECRET"), ({"TINYSCALE_SECRET": " "}, "TINYSCALE_SECRET"),
@@ -2863,10 +2875,9 @@ class ProcessTest(unittest.TestCase):
         for text, words in (("[{", "The settings stay as they were"), (None, "were read again: 2 servers")):
             self.write_servers(text)
             process.send_signal(signal.SIGHUP)
-            self.assertIn(words, next(line for line in process.stderr if "settings" in line))
+            self.assertIn(words, self.line(process, "settings"))
         process.send_signal(signal.SIGHUP)                          # though no file has changed
-        again = background(next, (line for line in process.stderr if "settings" in line))
-        self.assertIn("were read again: 2 servers", again.result(5))
+        self.assertIn("were read again: 2 servers", self.line(process, "settings"))
         self.assertEqual(self.get(port, "create", "meetingID=room").returncode, "SUCCESS")
 
     def test_check_tells_all_about_each_server(self):
@@ -2905,7 +2916,6 @@ class ProcessTest(unittest.TestCase):
                                  "Mend 2 of 2, or take them out of servers.json.\n$")
         self.assertNotIn("\033", output)
 
-
     def test_it_serves_https_itself_and_takes_up_a_new_certificate(self):
         certificate, _ = certified(self.folder)
         process, port = self.started(TINYSCALE_CERT=certificate)
@@ -2915,10 +2925,7 @@ class ProcessTest(unittest.TestCase):
             self.addCleanup(connection.close)
 
         def version(context):
-            connection = http.client.HTTPSConnection("localhost", port, timeout=5, context=context)
-            with contextlib.closing(connection):
-                connection.request("GET", "/bigbluebutton/api")
-                return Answer(connection.getresponse()).version
+            return fetch(port, "/bigbluebutton/api", trust=context).version
         self.assertEqual(version(trust), "2.0")
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         with warnings.catch_warnings():
@@ -2931,13 +2938,12 @@ class ProcessTest(unittest.TestCase):
             file.write("# the same, written again\n")
         os.utime(certificate, (1, 1))
         process.send_signal(signal.SIGHUP)
-        self.assertIn("were read again", next(line for line in process.stderr if "settings" in line))
+        self.assertIn("were read again", self.line(process, "settings"))
         self.assertEqual(version(trust), "2.0")
         with open(certificate, "w") as file:
             file.write(CERTIFICATE)
         process.send_signal(signal.SIGHUP)
-        self.assertIn("They must be PEM files that fit. The settings stay",
-                      next(line for line in process.stderr if "settings" in line))
+        self.assertIn("They must be PEM files that fit. The settings stay", self.line(process, "settings"))
         self.assertEqual(version(trust), "2.0")
 
     def test_new_secrets_in_the_file_count_after_a_sighup(self):
@@ -2949,7 +2955,7 @@ class ProcessTest(unittest.TestCase):
         with open(path, "w") as file:
             file.write(f"old\n{SECRET}\n")
         process.send_signal(signal.SIGHUP)
-        next(line for line in process.stderr if "were read again" in line)
+        self.line(process, "were read again")
         self.assertEqual(self.get(port, "getMeetings").returncode, "SUCCESS")
 
     def test_url_knows_where_tinyscale_listens(self):
@@ -2966,10 +2972,7 @@ class ProcessTest(unittest.TestCase):
             process = self.run_it("url", call, "--port", str(port))
             output, _ = process.communicate(timeout=20)
             match = re.fullmatch(r"http://localhost:\d+(/bigbluebutton/api/.*)\n", output)
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            with contextlib.closing(connection):
-                connection.request("GET", match[1])
-                self.assertIn(expected.encode(), connection.getresponse().read())
+            self.assertIn(expected.encode(), fetch(port, match[1]).body)
 
     def test_a_server_whose_certificate_is_not_right_is_unusable(self):
         certificate, tls = certified(self.folder)
@@ -2992,7 +2995,7 @@ class ProcessTest(unittest.TestCase):
                 hung = background(self.get, port, "end", "meetingID=room")
                 self.assertTrue(until(lambda: self.fakes[0].count("end")))
                 process.send_signal(number)
-                self.assertTrue(any("stopping" in line for line in iter(process.stderr.readline, "")))
+                self.line(process, "stopping")
                 process.send_signal(number)
                 self.assertEqual(process.wait(5), 1)
                 self.assertIsInstance(hung.exception(5), OSError)
@@ -3100,13 +3103,7 @@ class DocumentationTest(unittest.TestCase):
             urls += re.findall(r"^  http://127\.0\.0\.1:\d+(/\S+checksum=\S+)$", line)
             if line.startswith("Ctrl-C"):
                 break
-        answers = []
-        for url in urls:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-            with contextlib.closing(connection):
-                connection.request("GET", url)
-                answers.append(Answer(connection.getresponse()).status)
-        self.assertEqual(answers, [200, 302, 200])
+        self.assertEqual([fetch(port, url).status for url in urls], [200, 302, 200])
         process.terminate()
         self.assertEqual(process.wait(10), 0)
 

@@ -187,7 +187,7 @@ def mistakes(where: str, mend: str) -> Iterator[None]:
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{where}: {getattr(error, 'strerror', None) or error}. {mend}") from None
 def load_servers(path: str) -> list[Entry]:
-    """Read servers.json. Raises SettingsError: nothing half valid comes out."""
+    """Read servers.json; warn of files of secrets that are open. Raises SettingsError: nothing half valid comes out."""
     with mistakes(path, "It must be JSON like servers.json.example."), open(path, encoding="utf-8-sig") as file:
         items = json.load(file)
     for name in (path, os.environ.get("TINYSCALE_SECRET_FILE", ""), os.environ.get("TINYSCALE_KEY", "")):
@@ -577,9 +577,9 @@ def destroy_hook(cluster: Cluster, request: Request) -> Response:
     urls = [url for _, hook_id, url in hooks if hook_id == request.params.get("hookID")]
     if not urls:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
-    request.chosen = f"{sum(url == urls[0] for _, _, url in hooks)} of {len(cluster.servers)} servers"
-    return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook_id)}"))
-                 for server, hook_id, url in hooks if url == urls[0]])
+    known = [(server, hook_id) for server, hook_id, url in hooks if url == urls[0]]
+    request.chosen = f"{len(known)} of {len(cluster.servers)} servers"
+    return best([server.call(Request("hooks/destroy", f"hookID={quote_plus(hook_id)}")) for server, hook_id in known])
 CALLS: dict[str, Callable[[Cluster, Request], Response]] = {    # any other: relay. See also READS, LISTS, ask_all
     "create": create, "join": join, "getRecordings": get_recordings, "hooks/destroy": destroy_hook,
     **dict.fromkeys(("getMeetingInfo", "isMeetingRunning", "end", "insertDocument", "sendChatMessage"), relay),
