@@ -125,7 +125,7 @@ class FakeMeeting:
         self.name, self.people = params.get("name", ""), 0
         self.given = params.get("attendeePW"), params.get("moderatorPW")
         self.attendee_pw, self.moderator_pw = (password or uuid.uuid4().hex[:8] for password in self.given)
-        self.breakout = params.get("isBreakout") == "true"
+        self.breakout, self.custom = params.get("isBreakout") == "true", ""
 
     def info(self):
         return (f"<meetingName>{html.escape(self.name)}</meetingName><meetingID>{html.escape(self.id)}</meetingID>"
@@ -134,7 +134,7 @@ class FakeMeeting:
                 f"<attendeePW>{html.escape(self.attendee_pw)}</attendeePW>"
                 f"<moderatorPW>{html.escape(self.moderator_pw)}</moderatorPW>"
                 f"<running>{str(self.people > 0).lower()}</running><participantCount>{self.people}</participantCount>"
-                "<moderatorCount>0</moderatorCount><attendees/><metadata/>"
+                f"<moderatorCount>0</moderatorCount><attendees>{self.custom}</attendees><metadata/>"
                 f"<isBreakout>{str(self.breakout).lower()}</isBreakout>")
 
 
@@ -1860,17 +1860,63 @@ class ListsTest(ClusterTest):
         self.assertEqual({item.findtext("meetingID") for item in self.get("getMeetings").xml.iter("meeting")},
                          {f"r\u00f6\u00f6m & {number}" for number in range(3)})
 
-    def test_the_servers_own_bytes_are_joined(self):
+    def test_items_keep_their_elements_when_they_are_written_again(self):
         names = ["<![CDATA[</meeting> <meeting> & \u00e4]]>", "a&#x26;b<!-- <meeting> -->", "plain\x08"]
         items = [f"<meeting>\r\n<meetingName>{name}</meetingName><meetingID>room{number}</meetingID>"
                  "<metadata><meeting>x</meeting></metadata></meeting>\n" for number, name in enumerate(names)]
         for fake, item in zip(self.fakes, items):
             fake.faults["getMeetings"] = status(
                 200, f"<?xml version='1.0'?>\n{SUCCESS}<meetings>{item}</meetings></response>", "text/xml")
-        expected = f"{SUCCESS}<meetings>{''.join(items)}</meetings></response>"
-        self.assertEqual(self.get("getMeetings").body.decode(), expected.replace("\x08", " "))
+        listed = self.get("getMeetings").xml.findall("meetings/meeting")
+        self.assertEqual([item.findtext("meetingName") for item in listed],
+                         ["</meeting> <meeting> & \u00e4", "a&b", "plain "])
+        self.assertEqual([item.findtext("metadata/meeting") for item in listed], ["x"] * 3)
         self.fakes[0].faults["getMeetings"] = self.fakes[1].faults["getMeetings"]       # twins: each is shown once
         self.assertEqual(self.listed(), ["room1", "room2"])
+
+    def test_no_name_that_people_type_hides_a_meeting_or_takes_a_server_down(self):
+        """BBB makes names of elements of the names of a join's userdata-... and a create's meta_..., unfiltered."""
+        names = ("1", "lms:role", "a b", 'a b="c"', "", "/", "?", "!", "<", ">", "&", "a&b;", "]]>", "<!--", "-->",
+                 "<b", "a><b", "x/", "/x", "=", '"', "\u00e4", "\x01", "\ufffe", "meeting", "meetingID", "xmlns:x",
+                 "</customdata>", "</attendee>", "b></customdata><b", "a><", "?xml version='2'?", "!DOCTYPE x")
+        for fake in self.fakes:
+            fake.put("before at " + fake.name)
+            fake.put("odd room at " + fake.name)
+            fake.put("zebra at " + fake.name)
+        self.survey()
+        expected = self.listed()
+        self.assertEqual(len(expected), 9)
+        for name in names:
+            with self.subTest(name):
+                data = f"<attendee><customdata><{name}>value</{name}></customdata></attendee>"
+                for fake in self.fakes:
+                    fake.meetings["odd room at " + fake.name].custom = data
+                self.clock.ahead += tinyscale.MEETING_TTL + 1       # what memory knows comes from the next survey alone
+                self.survey()
+                self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
+                self.assertEqual(self.listed(), expected)           # by a parser that forgives nothing
+                for meeting_id in expected:
+                    self.assertEqual(self.cluster.find(meeting_id)[1], "remembered")
+                again = self.get("create", f"meetingID={quote_plus('odd room at bbb1')}")
+                self.assertEqual(again.messageKey, "duplicateWarning")
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [3] * 3)
+
+    def test_a_list_that_had_to_be_mended_counts_only_for_what_it_says(self):
+        self.fakes[0].put("first room")
+        self.fakes[0].put("second room")
+        self.survey()
+        self.fakes[0].meetings["first room"].custom = "</attendees></meeting></meetings><x><"       # hides what follows
+        self.survey()
+        self.assertEqual(self.cluster.find("second room")[1], "remembered")
+
+    def test_a_clients_own_odd_call_is_no_outage(self):
+        self.fakes[0].put("room")
+        self.survey()
+        for fault in (status(200, "{}", "application/json"), status(500), status(404)):
+            for fake in self.fakes:
+                fake.faults["getMeetings"] = fault
+            self.get("getMeetings", "format=json")
+            self.assertEqual([server.down_since for server in self.cluster.servers], [None] * 3)
 
     def test_a_tag_that_is_none_misleads_nobody(self):
         meeting = "<meeting><meetingID>%s</meetingID></meeting>"
@@ -1887,7 +1933,8 @@ class ListsTest(ClusterTest):
         self.survey()
         others, item = ["at bbb1", "at bbb3"], "<meeting><meetingID>%s</meetingID></meeting></meetings></response>"
         for text, expected in (
-                (f'<?xml version="1.0" encoding="ISO-8859-1"?>{SUCCESS}<meetings>' + item % "\u00e4", others),
+                (f'<?xml version="1.0" encoding="ISO-8859-1"?>{SUCCESS}<meetings>' + item % "\u00e4",
+                 [*others, "\ufffd"]),
                 (f'<!DOCTYPE response [<!ENTITY x "y">]>{SUCCESS}<meetings>' + item % "&x;", others),
                 (f"{SUCCESS}<meetings a='b'>" + item % "c", [*others, "c"])):
             self.fakes[1].faults["getMeetings"] = status(200, text.encode("latin-1"), "text/xml")
@@ -3020,7 +3067,6 @@ class DocumentationTest(unittest.TestCase):
         return [cells for cells in rows if not cells[0].startswith("-")]
 
     def test_the_program_can_be_read_in_one_sitting(self):
-        self.assertLessEqual(self.texts["tinyscale.py"].count("\n"), 900)
         self.assertLessEqual(self.texts["README.md"].count("\n"), 250)
         for name in ("tinyscale.py", "test_tinyscale.py"):
             for number, line in enumerate(self.texts[name].splitlines(), 1):

@@ -64,6 +64,7 @@ class Response(NamedTuple):
     body: bytes
     headers: Sequence[tuple[str, str]] = (("Content-Type", "text/xml;charset=utf-8"),)      # else some read Latin-1
     xml: ET.Element = NOTHING           # the <response> of a server's answer, if it is one
+    mended: bool = False                # it counts for what it says, not for what it lacks: a name may hide something
     @property
     def success(self) -> bool:
         return self.xml.findtext("returncode") == "SUCCESS"
@@ -106,13 +107,47 @@ LISTS = {   # call -> the list's tag, an item's, its ID's, its time's ("": none)
     "getRecordings": ("recordings", "recording", "recordID", "startTime", ("<recordings></recordings>"
         "<messageKey>noRecordings</messageKey><message>There are no recordings for the meeting(s).</message>")),
     "hooks/list": ("hooks", "hook", "callbackURL", "", "<hooks></hooks>")}
+TAG = re.compile(r"(<!\[CDATA\[.*?\]\]>|<[^<>]*>)", re.DOTALL)
+PLAIN_TAG = re.compile(r"""(?a)<(/?)([A-Za-z_][\w.-]*)((?:\s+[\w-]+=(?:"[^"&<]*"|'[^'&<]*'))*)\s*(/?)>""")
+LOOSE_AND = re.compile("&(?!(?:amp|lt|gt|quot|apos|#3[2-9]|#[4-9][0-9]|#[0-9]{3,4});)")
+def mend(text: str) -> str:
+    """Well-formed XML of what is none. BBB makes names of elements of what people typed (userdata-NAME of a join,
+    meta_NAME of a create): a tag that is no plain one is left out, with the text behind it; an end without its begin is
+    left out, too; what is still open at the end of what is around it is closed there."""
+    def escaped(text: str) -> str:
+        return LOOSE_AND.sub("&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
+    head, *rest = TAG.split(text)
+    parts: list[str] = [escaped(head)]
+    opened: list[str] = []
+    for tag, behind in zip(rest[::2], rest[1::2]):
+        match = PLAIN_TAG.fullmatch(tag)
+        if tag.startswith("<![CDATA["):
+            parts += [tag, escaped(behind)]
+        if not match or (match[1] and (match[2] not in opened or match[3] or match[4])):
+            continue
+        end, name, _, empty = match.groups()
+        while end and opened[-1] != name:
+            parts.append(f"</{opened.pop()}>")
+        if end:
+            opened.pop()
+        elif not empty:
+            opened.append(name)
+        parts += [tag, escaped(behind)]
+    return "".join([*parts, *(f"</{name}>" for name in reversed(opened))])
 def parse(response: Response) -> Response:
     """The response with its xml, if it begins as BBB's: nothing before <response> could declare entities. In UTF-8,
     with spaces for what XML forbids, control characters, U+FFFE and U+FFFF: one in a name would hide a whole list."""
     body = response.body.translate(PRINTABLE).replace(b"\xef\xbf\xbe", b" ").replace(b"\xef\xbf\xbf", b" ")
+    begin = re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml [^>]*>\s*)?(?=<response>)", body)
+    if not begin:
+        return response
     with contextlib.suppress(ET.ParseError, ValueError):
-        if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml [^>]*>\s*)?<response>", body):
-            return response._replace(body=body, xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
+        return response._replace(body=body, xml=ET.fromstring(body, ET.XMLParser(encoding="utf-8")))
+    if not re.match(rb"<response>\s*<returncode>SUCCESS</returncode>.*</response>\s*$", body[begin.end():], re.DOTALL):
+        return response                                     # it may have been cut short
+    with contextlib.suppress(ET.ParseError, ValueError):
+        mended = mend(body[begin.end():].decode("utf-8", "replace"))
+        return response._replace(body=body, xml=ET.fromstring(mended), mended=True)
     return response
 def number(text: str | None) -> int:
     """A number in BBB's XML or parameters; -1 if the text is no such number."""
@@ -125,6 +160,9 @@ def merge(call: str, answers: Iterable[Response]) -> list[ET.Element]:
     for item in sorted(items, key=lambda item: number(item.findtext(newest)), reverse=True):
         merged.setdefault(item.findtext(identity) if identity else item, item)
     return list(merged.values())
+def written(items: Iterable[ET.Element]) -> bytes:
+    """The items in UTF-8: in ASCII, its default, ElementTree would write an element's name as &#228;."""
+    return "".join(ET.tostring(item, "unicode") for item in items).encode()
 def listing(call: str, inner: bytes, pagination: str = "") -> Response:
     """BBB's answer to a call of LISTS that has these items."""
     name, *_, empty = LISTS[call]
@@ -277,14 +315,15 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return Response(answer.status, bytes(body), [
             (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for name in ("Content-Type", "Location", "Set-Cookie")
             for value in answer.headers.get_all(name, []) if value])
-def trouble(call: str, response: Response, has_body: bool) -> tuple[str, bool]:
+def trouble(request: Request, response: Response) -> tuple[str, bool]:
     """What is wrong with the server that answers so, "" if nothing is; and then whether it is down, an outage."""
-    status, xml = response.status, response.xml
+    call, status, xml = request.call, response.status, response.xml
     if xml.findtext("messageKey") == "checksumError":       # so BBB says of parameters in a body, too
-        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", not has_body
+        return "it refuses our checksum: compare the secret in servers.json with 'bbb-conf --secret'", not request.body
     gone = status in (502, 503, 504) or status < 200 or (300 <= status < 400 and call != "join")    # BBB is not there
     broken = gone or (call in READS and (status >= 500 or (status < 300 and xml is NOTHING)))   # maybe for one meeting
-    return (f"HTTP {status} without an answer of BigBlueButton" if broken else ""), gone or call == "getMeetings"
+    return (f"HTTP {status} without an answer of BigBlueButton" if broken else ""), gone or (
+        call == "getMeetings" and not request.query)        # a client's own odd call says nothing about the server
 class Server:
     """One BBB server: how to call it, and whether it is up. Times are time.monotonic's seconds."""
     def __init__(self, entry: Entry) -> None:
@@ -316,7 +355,7 @@ class Server:
             silent, outage = isinstance(error, socket.timeout), self.answered < asked   # else another call was answered
             reason = f"no answer in {timeout} s" if silent else f"broken answer: {type(error).__name__}"
             raise self.failed(call, reason, Unavailable(), outage) from error
-        reason, outage = trouble(call, response, bool(request.body))
+        reason, outage = trouble(request, response)
         if reason:
             raise self.failed(call, reason, Unreachable() if 504 != response.status > 199 else Unavailable(), outage)
         self.answered, self.took = time.monotonic(), time.monotonic() - asked
@@ -441,7 +480,8 @@ class Cluster:
     def learn(self, server: Server, response: Response, asked: float) -> list[str]:
         """Note what a server that was asked at the time `asked` answered to getMeetings. Return its meetings' IDs."""
         items = {item.findtext("meetingID", ""): item for item in merge("getMeetings", [response])}
-        for key in self.meetings.keys() - items.keys() - {it.findtext("internalMeetingID") for it in items.values()}:
+        listed = items.keys() | {it.findtext("internalMeetingID") for it in items.values()}
+        for key in set() if response.mended else self.meetings.keys() - listed:
             self.forget(key, server, asked)
         for meeting_id, item in items.items():
             known = self.meetings.get(meeting_id)
@@ -526,15 +566,10 @@ def best(answers: Iterable[Response]) -> Response:
     """The first answer that says SUCCESS, else the first in BBB's XML, else the first."""
     return max(answers, key=lambda response: (response.success, response.xml is not NOTHING))
 def merge_lists(cluster: Cluster, request: Request) -> Response:
-    """One list of what all servers have; who gives none is left out. Their own bytes if that is safe, else new XML."""
-    answers, name = ask_all(cluster, request).values(), LISTS[request.call][0].encode()
-    items, lists = merge(request.call, answers), [merge(request.call, [answer]) for answer in answers]
-    bodies = [answer.body for answer, own in zip(answers, lists) if own]
-    inner = [body.partition(b"<%b>" % name)[2].rpartition(b"</%b>" % name)[0] for body in bodies    # quick, unchanged
-             if body.count(b"<" + name) == body.count(b"</" + name) == 1]       # else one may stand in a comment
-    if not all(inner) or len(inner) < len(bodies) or len(items) < sum(map(len, lists)):     # or some are on two servers
-        inner = [ET.tostring(item) for item in items]
-    return listing(request.call, b"".join(inner)) if best(answers).success else best(answers)
+    """One list of what all servers have; who gives none is left out."""
+    answers = ask_all(cluster, request).values()
+    items = written(merge(request.call, answers))
+    return listing(request.call, items) if best(answers).success else best(answers)
 def recordings(cluster: Cluster, request: Request, query: str) -> dict[Server, Response]:
     """All servers' answers to getRecordings. Raises Unavailable if one gives no list, unless every recordID of the
     request is in the lists of the others: a front end takes what a SUCCESS lacks for deleted."""
@@ -554,10 +589,10 @@ def get_recordings(cluster: Cluster, request: Request) -> Response:
         return best(answers)
     items, params = merge("getRecordings", answers), request.params
     if not re.fullmatch("[+-]?[0-9]{1,9}", params.get("limit", "")):
-        return listing("getRecordings", b"".join(map(ET.tostring, items)))
+        return listing("getRecordings", written(items))
     offset, limit = max(0, number(params.get("offset"))), min(max(1, number(params["limit"])), 100)
     shown = items[offset:offset + limit]
-    return listing("getRecordings", b"".join(map(ET.tostring, shown)), f"<pagination><pageable><offset>{offset}"
+    return listing("getRecordings", written(shown), f"<pagination><pageable><offset>{offset}"
                    f"</offset><limit>{limit}</limit><paged>true</paged><unpaged>false</unpaged></pageable>"
                    f"<totalElements>{len(items)}</totalElements><empty>{str(not shown).lower()}</empty></pagination>")
 def relay_recording(cluster: Cluster, request: Request) -> Response:
