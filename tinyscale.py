@@ -5,25 +5,23 @@ It verifies the checksum of each API call, finds the server that runs the meetin
 again with that server's secret and relays the answer. A meeting that exists nowhere is created on
 the next server of servers.json.
 
-The way of a call, from the top of this file to its bottom:
+The way of a call:
 
-    Balancer.process_request   accepts a connection; a thread of a pool serves it
-    Handler.handle             one request, one answer, then the connection is closed
-      Handler.read_head        refuses what is not plain HTTP
-      Handler.answer           our own pages, or an API call:
-        Handler.read_call      verifies the checksum, and only then reads a body
-        ROUTES[call].handle    Part II: create, join, relay ... choose a server, or ask all of them
-          Directory.find       which server has the meeting: from memory, else all are asked
-          Server.call          signs the call again, sends it, judges the answer
-      Handler.respond          a line in the log, and the answer
+    Balancer.process_request   accepts a connection, which a thread of a pool serves
+    Handler.handle             reads one request, writes one answer, and closes
+    Handler.read_head          refuses what is no plain HTTP
+    Handler.read_call          verifies the checksum, then reads the body
+    ROUTES[call].handle        chooses the server, or asks all of them (Part II)
+    Server.call                has the call signed with that server's secret, and sent
+    Handler.respond            writes a line in the log, and the answer
 
-Kept in memory, behind Directory's one lock: where each meeting was last seen, which creates are on
-their way, which servers are up. All of it comes from the servers, which are asked every ten
-seconds, so nothing is lost by a restart.
+Kept in memory, in one Directory, behind its lock: where each meeting was last seen, and which
+creates are on their way. The servers are asked every ten seconds, so a restart loses nothing but
+what a silent server alone knows.
 
-How to audit: Part I has all that touches secrets or strangers. Parts II and III see only calls that
-were verified, hand them to Server.call, and give all HTML through element(). Begin with verify,
-then parse_head, Handler and Server.
+To audit, read Part I: it reads what strangers send, verifies, signs, talks to the servers, and
+escapes HTML. Begin with verify, then parse_head, Handler and Connections. Outside of it our secrets
+appear in read_secrets, read_entry and print_url alone; what servers send is read by parse.
 """
 
 from __future__ import annotations
@@ -77,7 +75,8 @@ CONNECT_TIMEOUT = 3
 ANSWER_TIMEOUT = 10
 # For a create, a call with a body, or getRecordings: BBB's own nginx waits as long.
 LONG_TIMEOUT = 60
-# An answer that lies ready may be read this late: our machine may have been paused.
+# At least so long an answer is waited for, even if its time is over: our machine may have been
+# paused, and the answer lies ready.
 LATE = 0.5
 # For a client's TLS handshake and the head of its request together.
 HEAD_TIMEOUT = 10
@@ -95,18 +94,20 @@ MAX_KEPT = 32
 KEPT_FOR = 30
 # The head of a request, or a form.
 MAX_HEAD = 64 * 1024
+# What is read, or written, at a time.
+CHUNK = 64 * 1024
 # A body, slides for example; and all bodies that we hold at one time.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
 MAX_ANSWER = 32 * 1024 * 1024
-# What we ask of a server in a URL: nginx and Tomcat refuse 8 KiB. A longer form goes on as a form.
-MAX_TARGET = 7500
+# The longest URL that a form becomes: nginx and Tomcat refuse 8 KiB. A longer form stays a form.
+MAX_URL = 7500
 
 # ---- settings ------------------------------------------------------------------------------------
 
 # By their length in hex, as BBB tells them apart.
-DIGESTS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
+ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
 @dataclass(frozen=True)
@@ -162,17 +163,17 @@ class Settings:
 # ---- checksums -----------------------------------------------------------------------------------
 
 
-def checksum(call: str, query: str, secret: str, digest: str) -> str:
+def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     """The hex checksum of a call: over its name, its raw query without a checksum, and a secret.
 
     The rule is that of BBB's API documentation.
     """
-    return hashlib.new(digest, (call + query + secret).encode()).hexdigest()
+    return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
 
-def sign(call: str, query: str, secret: str, digest: str = "sha256") -> str:
+def sign(name: str, query: str, secret: str, algorithm: str = "sha256") -> str:
     """The raw query with its checksum."""
-    signature = "checksum=" + checksum(call, query, secret, digest)
+    signature = "checksum=" + checksum(name, query, secret, algorithm)
     return f"{query}&{signature}" if query else signature
 
 
@@ -198,14 +199,14 @@ def decode(query: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def is_right(given: str, call: str, texts: Iterable[str], secrets: Iterable[str]) -> bool:
+def is_right(given: str, name: str, texts: Iterable[str], secrets: Iterable[str]) -> bool:
     """Whether a checksum is that of the call over one of these texts, with one of these secrets."""
-    digest = DIGESTS.get(len(given))
-    if digest is None:
+    algorithm = ALGORITHMS.get(len(given))
+    if algorithm is None:
         return False
     for text in texts:
         for secret in secrets:
-            expected = checksum(call, text, secret, digest)
+            expected = checksum(name, text, secret, algorithm)
             # a blank secret never verifies anything
             if secret.strip() and hmac.compare_digest(expected.encode(), given.encode()):
                 return True
@@ -213,7 +214,7 @@ def is_right(given: str, call: str, texts: Iterable[str], secrets: Iterable[str]
 
 
 def verify(
-    call: str, query: str, secrets: Iterable[str], is_form: bool = False
+    call_name: str, query: str, secrets: Iterable[str], is_form: bool = False
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
@@ -226,7 +227,7 @@ def verify(
         raise refused
     unsigned = without(query, "checksum")
     signed_texts = [unsigned, ""] if is_form else [unsigned]
-    if not is_right(given[0].partition("=")[2].lower(), call, signed_texts, secrets):
+    if not is_right(given[0].partition("=")[2].lower(), call_name, signed_texts, secrets):
         raise refused
 
     pairs = decode(query)
@@ -277,7 +278,7 @@ class ApiError(Exception):
     """
 
     # for the log: which server it is about, and why that one
-    about = ""
+    note = ""
     # what a person in a browser gets
     page: Answer | None = None
 
@@ -296,17 +297,17 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """No usable answer of a server, which may have carried out the call all the same."""
+    """A call failed, and the server MAY have carried it out: no other one may be asked to."""
 
-    def __init__(self, about: str = "no server is up") -> None:
+    def __init__(self, note: str = "no server is up") -> None:
         super().__init__(
             "serverUnavailable", "The server cannot be reached now. Please try again in a minute."
         )
-        self.about = about
+        self.note = note
 
 
 class Unreachable(Unavailable):
-    """A server that cannot have carried out the call: another one may be asked."""
+    """A call failed, and the server has NOT carried it out: another one may be asked to."""
 
 
 @dataclass
@@ -326,7 +327,7 @@ class ApiCall:
     # a person in a browser waits for the answer
     wants_html: bool = False
     # for the log: which server, and why that one
-    chosen: str = ""
+    note: str = ""
 
     @property
     def route(self) -> Route:
@@ -404,7 +405,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         body = call.body
         content_type = call.content_type
         url = self.url_for(call.name, call.query)
-        if call.is_form and len(url) > MAX_TARGET:
+        if call.is_form and len(url) > MAX_URL:
             url, _, signature = self.url_for(call.name, "").partition("?")
             body = f"{call.query}&{signature}".encode()
             content_type = FORM
@@ -424,7 +425,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         try:
             response = self.opener.open(request, timeout=timeout)
             with contextlib.closing(response):
-                body = read_body(response, request.sock, deadline)
+                body = read_answer(response, request.sock, deadline)
         except BaseException:
             request.connection.close()
             raise
@@ -499,7 +500,7 @@ def is_readable(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def read_body(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
+def read_answer(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
     """The whole body of an answer. Raises OSError or HTTPException, also if it is late."""
     # our machine may have been paused: what lies ready is read all the same
     deadline = max(deadline, time.monotonic() + LATE)
@@ -511,7 +512,7 @@ def read_body(response: http.client.HTTPResponse, sock: socket.socket, deadline:
             # it comes in drops
             raise socket.timeout
         sock.settimeout(seconds)
-        body += response.read1(MAX_HEAD)
+        body += response.read1(CHUNK)
         was_cut = response.isclosed() and length not in (None, len(body))
         if was_cut or len(body) > MAX_ANSWER:
             raise http.client.IncompleteRead(b"")
@@ -574,7 +575,10 @@ def parse_head(head: bytes) -> Head:
 
 
 def log_error(where: str, error: BaseException) -> None:
-    """Log what broke off; or an error of ours, without its text, which might quote a query."""
+    """Log a connection that broke off; or a mistake of ours, without its text.
+
+    That might quote a query.
+    """
     if isinstance(error, OSError):
         # of TLS it is the reason that tells
         reason = getattr(error, "reason", "") or error.strerror or type(error).__name__
@@ -595,7 +599,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.started = time.monotonic()
-        # since when we wait for the client; NEVER while it waits for us
+        # since when the client keeps us waiting; NEVER: it does not, and may stay
         self.waiting_since = self.started
         self.deadline = self.started + HEAD_TIMEOUT
         self.call = ApiCall("-")
@@ -628,7 +632,7 @@ class Handler(socketserver.BaseRequestHandler):
         except ApiError as error:
             answer = error.page or error.answer()
             outcome = error.key
-            self.call.chosen = error.about or self.call.chosen
+            self.call.note = error.note or self.call.note
         except OSError:
             raise
         except Exception as error:
@@ -643,10 +647,10 @@ class Handler(socketserver.BaseRequestHandler):
 
         Raises OSError, socket.timeout for one.
         """
-        # 0: what lies ready is read, but nothing is waited for
-        seconds = max(0, min(SILENCE_TIMEOUT, self.deadline - time.monotonic()))
+        # what lies ready is read even when it is late
+        seconds = max(0.001, min(SILENCE_TIMEOUT, self.deadline - time.monotonic()))
         self.request.settimeout(seconds)
-        return self.request.recv(MAX_HEAD)
+        return self.request.recv(CHUNK)
 
     def read_head(self) -> bytes:
         """The head of the request; b"" from who says nothing.
@@ -676,13 +680,13 @@ class Handler(socketserver.BaseRequestHandler):
         path = self.head.path
         page = PAGES.get(path)
         has_password = bool(self.server.settings.status_password)
-        if page and (has_password or not page.is_secret):
+        if page and (has_password or not page.needs_password):
             return self.answer_page(page)
         match = CALL_PATH.fullmatch(path)
         if not match:
             # no further than a query would begin whose "?" was forgotten
             shown = re.sub("[^A-Za-z0-9/._-].*", "...", path)
-            self.call.chosen = repr(shown[:99])
+            self.call.note = repr(shown[:99])
             raise ApiError("notFound", "There is nothing at this address", 404)
         # for the log, if it is refused
         self.call.name = match[1]
@@ -692,10 +696,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def answer_page(self, page: Page) -> Answer:
         """A page of our own; the secret ones want the password."""
-        self.call.chosen = self.head.path
+        self.call.name = self.head.path
         self.allow("GET", "HEAD", *page.methods)
         authorization = self.head.fields.get("authorization", "")
-        if page.is_secret and not self.server.settings.may_see_pages(authorization):
+        if page.needs_password and not self.server.settings.may_see_pages(authorization):
             challenge = 'Basic realm="tinyscale", charset="UTF-8"'
             return Answer(401, b"", (("WWW-Authenticate", challenge),))
         return page.write(self.server)
@@ -781,18 +785,14 @@ class Handler(socketserver.BaseRequestHandler):
         """
         seconds = time.monotonic() - self.started
         call = self.call
-        is_quiet = self.head.path in PAGES and answer.status < 400
-        self.server.totals.add(call, outcome, seconds)
-        if not is_quiet:
-            log.info(
-                "%.99s %.300r %s %s %d %.0f ms",
-                call.name,
-                call.meeting_id,
-                call.chosen or self.client_address[0],
-                outcome,
-                answer.status,
-                1000 * seconds,
-            )
+        is_page = self.head.path in PAGES
+        if not is_page:
+            self.server.totals.add(call, outcome, seconds)
+        if not is_page or answer.status >= 400:
+            note = call.note or self.client_address[0]
+            line = "%.99s %.300r %s %s %d %.0f ms"
+            status = answer.status
+            log.info(line, call.name, call.meeting_id, note, outcome, status, 1000 * seconds)
         lines = [f"HTTP/1.1 {answer.status} {http.client.responses.get(answer.status, '')}"]
         lines.append(f"Date: {email.utils.formatdate(usegmt=True)}")
         for name, value in answer.headers:
@@ -815,7 +815,7 @@ class Handler(socketserver.BaseRequestHandler):
         rest = memoryview(data)
         while rest:
             # in pieces: TLS must send all that it is given within one timeout
-            sent = self.request.send(rest[:MAX_HEAD])
+            sent = self.request.send(rest[:CHUNK])
             rest = rest[sent:]
             if self.waiting_since < NEVER:
                 # it takes its answer
@@ -953,11 +953,11 @@ PROBE_TIMEOUT = 3
 SURVEY_INTERVAL = 10
 RETRY_INTERVAL = 5
 FIRST_RETRY = 1
-# For so long a meeting is believed to be where it was last seen: two surveys may fail.
+# How long a meeting is believed to be where it was last seen: two surveys may fail.
 MEETING_TTL = 30
-# For so long "no server has this meeting" is believed: people poll for meetings to begin.
+# How long "no server has this meeting" is believed: people poll for meetings to begin.
 ABSENCE_TTL = 1
-# For so long a server that is down keeps its meetings.
+# How long a server that is down keeps its meetings.
 HOLD = 30
 # By TINYSCALE_PLACEMENT=load a meeting that we first heard of so recently counts for at least
 # EXPECTED people.
@@ -984,7 +984,7 @@ OUR_TROUBLE = (
 GONE = (404, 502, 503, 504)
 
 
-class Told(NamedTuple):
+class MeetingInfo(NamedTuple):
     """What a server told of a meeting."""
 
     meeting_id: str
@@ -1020,7 +1020,7 @@ class Server(Connections):
         # the meetings that its last survey found, and those that it found on another server, too:
         # once, and again
         self.surveyed = 0.0
-        self.listed: dict[str, Told] = {}
+        self.listed: dict[str, MeetingInfo] = {}
         self.doubles: set[str] = set()
         self.twins: set[str] = set()
 
@@ -1045,7 +1045,7 @@ class Server(Connections):
         Raises Unreachable if the server cannot have carried out the call, and Unavailable if it may
         have.
         """
-        call.chosen = f"{self} ({why})"
+        call.note = f"{self} ({why})"
         slots = self.recording_slots if call.name == "getRecordings" else self.slots
         if not slots.acquire(blocking=False):
             raise Unreachable(f"{self} (too many calls wait for it)")
@@ -1170,7 +1170,7 @@ class Server(Connections):
 class Meeting:
     """A meeting as we last heard of it."""
 
-    told: Told
+    info: MeetingInfo
     server: Server
     # when the question was asked whose answer told us so, and when we first heard of it
     asked: float
@@ -1252,25 +1252,25 @@ class Directory:
 
     # -- what servers say
 
-    def remember(self, server: Server, told: Told, asked: float) -> None:
+    def remember(self, server: Server, info: MeetingInfo, asked: float) -> None:
         """Note that the server, asked at that time, has the meeting.
 
         What is older than what we know is no news.
         """
         with self.lock:
-            known = self.meetings.get(told.meeting_id)
+            known = self.meetings.get(info.meeting_id)
             if server not in self.servers or (known and known.asked > asked):
                 return
-            if known and known.server is not server and known.told.created > told.created:
+            if known and known.server is not server and known.info.created > info.created:
                 # two meetings of one ID: the newer one counts
                 return
             first_heard = (
-                known.first_heard if known and known.told.created == told.created else self.clock()
+                known.first_heard if known and known.info.created == info.created else self.clock()
             )
-            meeting = Meeting(told, server, asked, first_heard)
-            self.meetings[told.meeting_id] = meeting
-            if told.internal_id:
-                self.meetings[told.internal_id] = meeting
+            meeting = Meeting(info, server, asked, first_heard)
+            self.meetings[info.meeting_id] = meeting
+            if info.internal_id:
+                self.meetings[info.internal_id] = meeting
 
     def forget(self, server: Server, meeting_id: str, asked: float) -> None:
         """Note that the server, asked at that time, does not have the meeting."""
@@ -1285,17 +1285,19 @@ class Directory:
             if known and known.server is server and known.asked < asked:
                 del self.meetings[meeting_id]
 
-    def learn(self, server: Server, tolds: Sequence[Told], asked: float, is_whole: bool) -> None:
+    def learn(
+        self, server: Server, infos: Sequence[MeetingInfo], asked: float, is_whole: bool
+    ) -> None:
         """Note what the server, asked at that time, lists.
 
         If the list is whole, it has no other meeting.
         """
         listed = {}
-        for told in tolds:
-            listed[told.meeting_id] = told
-            self.remember(server, told, asked)
+        for info in infos:
+            listed[info.meeting_id] = info
+            self.remember(server, info, asked)
         if is_whole:
-            internal = {told.internal_id for told in tolds}
+            internal = {info.internal_id for info in infos}
             for key in self.keys_of(server) - listed.keys() - internal:
                 self.forget(server, key, asked)
         server.listed = listed
@@ -1402,7 +1404,7 @@ class Directory:
         """Whether the server has been down so long that its meetings may begin anew elsewhere."""
         return server.is_down and self.clock() - server.since >= HOLD
 
-    def release(self, meeting_id: str, may_have: bool, told: Told | None = None) -> None:
+    def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
 
         What it told is there if it had success, which counts from the answer. If it had none, the
@@ -1412,12 +1414,12 @@ class Directory:
         with self.lock:
             claim = self.claims[meeting_id]
             claim.sending -= 1
-            if told:
-                known = self.meetings.get(told.meeting_id)
-                if known and known.told.created == told.created:
+            if info:
+                known = self.meetings.get(info.meeting_id)
+                if known and known.info.created == info.created:
                     # a create tells nothing of the people in the meeting
-                    told = known.told
-                self.remember(claim.server, told, self.clock())
+                    info = known.info
+                self.remember(claim.server, info, self.clock())
                 claim.gave_up = None
             elif may_have:
                 claim.gave_up = self.clock()
@@ -1454,12 +1456,12 @@ class Directory:
             able = [server for server in able if server is not self.last]
         people = dict.fromkeys(able, 0)
         for key, meeting in self.meetings.items():
-            told = meeting.told
-            is_other = key != told.meeting_id or meeting.server not in people
-            if is_other or told.is_breakout:
+            info = meeting.info
+            is_other = key != info.meeting_id or meeting.server not in people
+            if is_other or info.is_breakout:
                 continue
             is_young = self.clock() - meeting.first_heard < YOUNG
-            people[meeting.server] += max(told.participants, EXPECTED if is_young else 0)
+            people[meeting.server] += max(info.participants, EXPECTED if is_young else 0)
         for claim in self.claims.values():
             if claim.server in people:
                 people[claim.server] += EXPECTED
@@ -1532,12 +1534,12 @@ class Directory:
             others.append(server)
             if answer is None:
                 continue
-            told = told_by(answer)
+            info = info_by(answer)
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
-            if told and meeting_id in (told.meeting_id, told.internal_id):
-                self.remember(server, told, asked)
+            if info and meeting_id in (info.meeting_id, info.internal_id):
+                self.remember(server, info, asked)
                 return Probe(server, others, False)
-            if told or answer.returncode == "FAILED":
+            if info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
                 denials += 1
         return Probe(None, others, 0 < denials == len(servers))
@@ -1598,7 +1600,7 @@ def survey(directory: Directory, server: Server) -> None:
         return
     items = [] if root is None else root.findall("meetings/meeting")
     was_up = server.is_up
-    directory.learn(server, [told_in(item) for item in items], asked, is_whole)
+    directory.learn(server, [info_in(item) for item in items], asked, is_whole)
     if not was_up:
         # it may have been upgraded
         root, _ = parse(server.ask(ApiCall("")))
@@ -1672,17 +1674,17 @@ def mend(text: str) -> str:
     opened: list[str] = []
     for tag, behind in zip(rest[::2], rest[1::2]):
         if tag.startswith("</"):
-            readable = close(opened, tag[2:-1])
+            readable = close_tag(opened, tag[2:-1])
         elif tag.startswith("<![CDATA["):
             readable = tag if tag.endswith("]]>") else ""
         else:
-            readable = begin(opened, tag)
+            readable = open_tag(opened, tag)
         if readable:
             parts += [readable, escape(behind)]
     return "".join(parts + [f"</{name}>" for name in reversed(opened)])
 
 
-def begin(opened: list[str], tag: str) -> str:
+def open_tag(opened: list[str], tag: str) -> str:
     """The begin of an element, if a parser takes it; "" if not. Note that it is open."""
     text = tag.rstrip("/>")
     name = text[1:].split()[0] if NAME.match(text, 1) else ""
@@ -1697,7 +1699,7 @@ def begin(opened: list[str], tag: str) -> str:
     return ""
 
 
-def close(opened: list[str], name: str) -> str:
+def close_tag(opened: list[str], name: str) -> str:
     """The end of an element and of what is open in it; "" if it is not open.
 
     In custom data only what was opened there can end.
@@ -1721,7 +1723,7 @@ def number(text: str | None) -> int:
     return int(text) if text and re.fullmatch("[+]?[0-9]{1,18}", text) else -1
 
 
-def told_in(item: ET.Element) -> Told:
+def info_in(item: ET.Element) -> MeetingInfo:
     """What getMeetings, getMeetingInfo or create says of a meeting."""
     created = number(item.findtext("createTime"))
     participants = max(0, number(item.findtext("participantCount")))
@@ -1729,16 +1731,16 @@ def told_in(item: ET.Element) -> Told:
     name = item.findtext("meetingName", "")
     internal_id = item.findtext("internalMeetingID", "")
     meeting_id = item.findtext("meetingID", "")
-    return Told(meeting_id, internal_id, name, created, participants, is_breakout)
+    return MeetingInfo(meeting_id, internal_id, name, created, participants, is_breakout)
 
 
-def told_by(answer: Answer) -> Told | None:
+def info_by(answer: Answer) -> MeetingInfo | None:
     """What a SUCCESS says of one meeting; None if it is none, or names none."""
     root, _ = parse(answer)
     if root is None or answer.returncode != "SUCCESS":
         return None
-    told = told_in(root)
-    return told if told.meeting_id else None
+    info = info_in(root)
+    return info if info.meeting_id else None
 
 
 class ListShape(NamedTuple):
@@ -1870,12 +1872,12 @@ def create_on(
 
     Raises as Server.call does.
     """
-    told = None
+    info = None
     may_have = True
     try:
         answer = server.call(call, why, seconds)
-        told = told_by(answer)
-        if answer.returncode == "SUCCESS" and told is None:
+        info = info_by(answer)
+        if answer.returncode == "SUCCESS" and info is None:
             raise Unavailable(f"{server} (its answer is cut short)")
         may_have = False
         return answer
@@ -1886,7 +1888,7 @@ def create_on(
             server.doubts = 2
         raise
     finally:
-        directory.release(call.meeting_id, may_have, told)
+        directory.release(call.meeting_id, may_have, info)
 
 
 def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tuple[Server, str]:
@@ -1938,7 +1940,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
         if call.wants_html:
             error.page = retry_page()
         raise
-    call.chosen = f"{server} ({why})"
+    call.note = f"{server} ({why})"
     return Answer(302, b"", (("Location", server.url_for("join", call.query)),))
 
 
@@ -2000,9 +2002,9 @@ def ask_all(directory: Directory, call: ApiCall, seconds: float = 0) -> dict[Ser
     seconds = seconds or CONNECT_TIMEOUT + (LONG_TIMEOUT if call.route.is_long else ANSWER_TIMEOUT)
     asked = directory.ask(servers, call, seconds)
     answers = {server: answer for server, answer in asked if answer}
-    call.chosen = f"{len(answers)} of {len(directory.servers)} servers"
+    call.note = f"{len(answers)} of {len(directory.servers)} servers"
     if not answers:
-        raise Unavailable(call.chosen)
+        raise Unavailable(call.note)
     return {server: answers[server] for server in servers if server in answers}
 
 
@@ -2028,7 +2030,7 @@ def relay_list(directory: Directory, call: ApiCall) -> Answer:
     if not lists:
         answer = first(answers.values(), "FAILED")
         if answer.returncode != "FAILED":
-            raise Unavailable(call.chosen)
+            raise Unavailable(call.note)
         return answer
     return write_list(shape, merge(lists))
 
@@ -2063,7 +2065,7 @@ def ask_recordings(directory: Directory, call: ApiCall, query: str) -> Recording
         if items is not None and ("limit" not in call.params or b"<recordings" in answer.body):
             lists[server] = items
     every = len(directory.servers)
-    call.chosen = f"{len(lists)} of {every} servers"
+    call.note = f"{len(lists)} of {every} servers"
     refusals = [answer for answer in answers.values() if answer.returncode == "FAILED"]
     refusal = refusals[0] if len(refusals) == every else None
     found = {item.identity for items in lists.values() for item in items}
@@ -2080,7 +2082,7 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
     if said.refusal:
         return said.refusal
     if not said.is_complete:
-        raise Unavailable(call.chosen)
+        raise Unavailable(call.note)
     items = merge(said.lists.values())
     shape = LISTS["getRecordings"]
     if not re.fullmatch("[+-]?[0-9]{1,9}", call.params.get("limit", "")):
@@ -2122,7 +2124,7 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
         except Unavailable:
             is_done = False
     if not is_done:
-        raise Unavailable(call.chosen)
+        raise Unavailable(call.note)
     if not answers:
         return relay_anywhere(directory, call, "nowhere")
     return first(answers)
@@ -2198,9 +2200,9 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
                 is_removed = destroy_on(server, element.findtext("hookID", ""))
                 is_complete = is_complete and is_removed is not None
                 removed += bool(is_removed)
-    call.chosen = f"removed from {removed} of {len(directory.servers)} servers"
+    call.note = f"removed from {removed} of {len(directory.servers)} servers"
     if not is_complete:
-        raise Unavailable(call.chosen)
+        raise Unavailable(call.note)
     if not removed:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
     return success("<removed>true</removed>")
@@ -2275,7 +2277,7 @@ class Page(NamedTuple):
 
     write: Callable[[Balancer], Answer]
     # behind TINYSCALE_STATUS_PASSWORD
-    is_secret: bool = False
+    needs_password: bool = False
     # beside GET and HEAD
     methods: Sequence[str] = ()
 
@@ -2362,7 +2364,7 @@ def retry_page() -> Answer:
     return html_answer(503, "en", RETRY_AFTER, "One moment, please", element("body", body))
 
 
-def version(balancer: Balancer) -> Answer:
+def version_page(balancer: Balancer) -> Answer:
     return success("<version>2.0</version><apiVersion>2.0</apiVersion>")
 
 
@@ -2378,7 +2380,7 @@ def health(balancer: Balancer) -> Answer:
 
 
 def people_on(server: Server) -> int:
-    return sum(told.participants for told in server.listed.values())
+    return sum(info.participants for info in server.listed.values())
 
 
 def metrics(balancer: Balancer) -> Answer:
@@ -2477,11 +2479,11 @@ def server_row(server: Server, everyone: int) -> Markup:
 
 def room_rows(server: Server) -> list[Markup]:
     """The rooms of a server, the fullest first, named as people know them."""
-    rooms = sorted(server.listed.values(), key=lambda told: (-told.participants, told.name))
+    rooms = sorted(server.listed.values(), key=lambda info: (-info.participants, info.name))
     rows = []
-    for told in rooms:
-        name = element("th", told.name, " ", element("small", told.meeting_id), scope="row")
-        rows.append(element("tr", name, element("td", told.participants, title="People")))
+    for info in rooms:
+        name = element("th", info.name, " ", element("small", info.meeting_id), scope="row")
+        rows.append(element("tr", name, element("td", info.participants, title="People")))
     return rows
 
 
@@ -2520,12 +2522,12 @@ def status(balancer: Balancer) -> Answer:
 
 
 PAGES = {
-    "/bigbluebutton/": Page(version, methods=["POST"]),
-    "/bigbluebutton/api": Page(version, methods=["POST"]),
-    "/bigbluebutton/api/": Page(version, methods=["POST"]),
+    "/bigbluebutton/": Page(version_page, methods=["POST"]),
+    "/bigbluebutton/api": Page(version_page, methods=["POST"]),
+    "/bigbluebutton/api/": Page(version_page, methods=["POST"]),
     "/health": Page(health),
-    "/status": Page(status, is_secret=True),
-    "/metrics": Page(metrics, is_secret=True),
+    "/status": Page(status, needs_password=True),
+    "/metrics": Page(metrics, needs_password=True),
 }
 
 # ---- loading: the files and the environment ------------------------------------------------------
@@ -2568,22 +2570,25 @@ def base_url(host: object) -> str:
     return origin + match[2] if is_right else ""
 
 
-def is_secret(text: object) -> bool:
+def is_usable_secret(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip()) and text.isprintable()
 
 
 # A key of an entry of servers.json: what tests it, and what it must be.
 ENTRY_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "host": (base_url, 'must look like "https://bbb1.example.org"'),
-    "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server'),
+    "secret": (
+        is_usable_secret,
+        'must be the secret that "bbb-conf --secret" prints on that server',
+    ),
     "weight": (
         lambda value: type(value) is int and 1 <= value <= 100,
         "must be a whole number from 1 to 100",
     ),
     "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
     "checksum": (
-        lambda value: value in DIGESTS.values(),
-        f"must be one of {', '.join(DIGESTS.values())}",
+        lambda value: value in ALGORITHMS.values(),
+        f"must be one of {', '.join(ALGORITHMS.values())}",
     ),
 }
 
@@ -2684,7 +2689,7 @@ def read_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
     if not found:
         raise SettingsError(f"TINYSCALE_SECRET {path}: there is none. {mend}")
     for where, secret in found:
-        if not is_secret(secret):
+        if not is_usable_secret(secret):
             raise SettingsError(f"{where}: a secret is blank, or cannot be printed. {mend}")
         if secret[0] in "\"'" or secret.startswith("TINYSCALE_"):
             raise SettingsError(f"{where}: a secret has quotes, or NAME= before it. Take them out.")
@@ -2911,6 +2916,8 @@ def begin_log(settings: Settings) -> LogHandler:
 
 def end_log(handler: LogHandler) -> None:
     """Wait a second at most until the log is written: its reader may be gone."""
+    if handler.lost:
+        log.warning("%d lines of the log were lost: nobody read them", handler.lost)
     deadline = time.monotonic() + 1
     while not handler.is_written() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -3018,7 +3025,7 @@ def serve(environment: Mapping[str, str]) -> int:
     apply(balancer, settings)
     wake = threading.Event()
     threading.Thread(target=watch_files, args=(balancer, environment, wake), daemon=True).start()
-    threading.Thread(target=balancer.serve_forever, daemon=True).start()
+    threading.Thread(target=balancer.serve_forever, args=(0.05,), daemon=True).start()
     port = balancer.socket.getsockname()[1]
     count = len(settings.entries)
     log.info("tinyscale %s listens on port %d, with %d servers", __version__, port, count)
@@ -3040,10 +3047,10 @@ def stop(balancer: Balancer) -> None:
     drain(balancer)
 
 
-def accepted_digests(server: Server) -> list[str]:
+def accepted_algorithms(server: Server) -> list[str]:
     """The digests with which a server takes our checksum."""
     accepted = []
-    for digest in DIGESTS.values():
+    for digest in ALGORITHMS.values():
         other = Server(replace(server.entry, checksum=digest))
         with contextlib.suppress(Unavailable):
             other.ask(ApiCall("getMeetings"))
@@ -3059,7 +3066,7 @@ def examine(server: Server) -> str:
         survey(directory, server)
     digests = []
     if server.is_up or "checksum" in server.reason:
-        digests = accepted_digests(server)
+        digests = accepted_algorithms(server)
     if server.is_up:
         version = server.version or "?"
         line = (
@@ -3157,7 +3164,7 @@ def check(environment: Mapping[str, str]) -> int:
     return 1 if bad or port_trouble else 0
 
 
-def url(environment: Mapping[str, str], text: str) -> int:
+def print_url(environment: Mapping[str, str], text: str) -> int:
     """Print the signed URL of a call."""
     settings = read_settings(environment, needs_servers=False)
     call, _, query = text.partition("?")
@@ -3220,7 +3227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return serve(environment)
         if options.command == "check":
             return check(environment)
-        return url(environment, options.call or "getMeetings")
+        return print_url(environment, options.call or "getMeetings")
     except SettingsError as error:
         level = "<3>" if is_journal(environment.get("JOURNAL_STREAM", "")) else ""
         print(f"{level}tinyscale: {error}", file=sys.stderr, flush=True)
