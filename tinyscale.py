@@ -1082,6 +1082,8 @@ class Server(Connections):
         self.judge(call, asked, answer)
         self.answered = max(self.answered, asked)
         self.took = time.monotonic() - asked
+        if self.state == "unknown":
+            self.note_up(asked)
         return answer
 
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
@@ -1094,7 +1096,7 @@ class Server(Connections):
         ):
             # so BBB says of parameters in a body, too
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
-            raise self.failed(call, asked, reason, Unreachable, not call.is_form)
+            raise self.failed(call, asked, reason, Unreachable)
         if answer.returncode and not is_redirect:
             return
         if is_redirect and call.name == "join":
@@ -1122,7 +1124,9 @@ class Server(Connections):
 
         Return the error to raise.
         """
-        is_outage = is_outage and call.route.tells_health and not call.body
+        # what is too long for a URL, or has a body, says nothing of the server
+        is_odd = bool(call.body) or len(call.query) > MAX_URL
+        is_outage = is_outage and call.route.tells_health and not is_odd
         if is_outage:
             self.note_down(reason, asked)
         elif self.reason != reason:
@@ -1134,9 +1138,6 @@ class Server(Connections):
     def note_down(self, reason: str, asked: float) -> None:
         """Mark the server down, unless it has answered what was asked later."""
         if self.answered > asked:
-            if self.state == "unknown":
-                # it has answered, if not this
-                self.note_up(self.answered)
             return
         if not self.is_down or self.reason != reason:
             log.warning("%s is down: %s", self, reason)
@@ -1150,8 +1151,10 @@ class Server(Connections):
 
         Not if it went down since.
         """
-        went_down_since = self.is_down and self.since > asked
-        if self.is_up or went_down_since:
+        if self.is_down and self.since > asked:
+            return
+        self.doubts = max(0, self.doubts - 1)
+        if self.is_up:
             return
         self.change("up")
         self.reason = ""
@@ -1261,7 +1264,9 @@ class Directory:
             known = self.meetings.get(info.meeting_id)
             if server not in self.servers or (known and known.asked > asked):
                 return
-            if known and known.server is not server and known.info.created > info.created:
+            is_other = known is not None and known.server is not server
+            is_newer = known is not None and known.info.created > info.created
+            if known and is_other and is_newer and not self.is_lost(known.server):
                 # two meetings of one ID: the newer one counts
                 return
             first_heard = (
@@ -1306,7 +1311,6 @@ class Directory:
             old = [key for key, since in self.absent.items() if asked - since >= ABSENCE_TTL]
             for key in old:
                 del self.absent[key]
-        server.doubts = max(0, server.doubts - 1)
         server.note_up(asked)
         self.note_twins(server)
 
@@ -1416,7 +1420,10 @@ class Directory:
             claim.sending -= 1
             if info:
                 known = self.meetings.get(info.meeting_id)
-                if known and known.info.created == info.created:
+                if known and known.server is not claim.server:
+                    # it was lost or denied there, or the create would not have gone elsewhere
+                    del self.meetings[info.meeting_id]
+                elif known and known.info.created == info.created:
                     # a create tells nothing of the people in the meeting
                     info = known.info
                 self.remember(claim.server, info, self.clock())
@@ -1599,7 +1606,7 @@ def survey(directory: Directory, server: Server) -> None:
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     items = [] if root is None else root.findall("meetings/meeting")
-    was_up = server.is_up
+    was_up = server.is_up and server.surveyed > 0
     directory.learn(server, [info_in(item) for item in items], asked, is_whole)
     if not was_up:
         # it may have been upgraded
@@ -1883,8 +1890,9 @@ def create_on(
         return answer
     except Unavailable as error:
         may_have = not isinstance(error, Unreachable)
-        # what it says of a body, slides or a long form, may be about that body alone
-        if not call.body and not call.is_form:
+        # a refusal may be about this call alone: its slides, its long form
+        is_plain = not call.body and not call.is_form
+        if is_plain and (may_have or server.is_down):
             server.doubts = 2
         raise
     finally:
