@@ -1321,21 +1321,22 @@ class Directory:
             return keys.union(key for key, claim in self.claims.items() if claim.server is server)
 
     def note_twins(self, server: Server) -> None:
-        """Warn of meetings that two surveys running found on another server, too.
+        """Warn of meetings that two surveys in a row found on another server, too.
 
         We end neither.
         """
-        doubles: set[str] = set()
-        for other in self.servers:
-            if other is not server and other.is_up:
-                doubles |= server.listed.keys() & other.listed.keys()
-        twins = doubles & server.doubles
-        for meeting_id in twins - self.twins():
-            on = [str(other) for other in self.servers if meeting_id in other.listed]
-            both = " and ".join(on)
-            log.warning("meeting %.300r runs on %s: the newer one counts", meeting_id, both)
-        server.doubles = doubles
-        server.twins = twins
+        with self.lock:
+            doubles: set[str] = set()
+            for other in self.servers:
+                if other is not server and other.is_up:
+                    doubles |= server.listed.keys() & other.listed.keys()
+            twins = doubles & server.doubles
+            for meeting_id in twins - self.twins():
+                on = [str(other) for other in self.servers if meeting_id in other.listed]
+                both = " and ".join(on)
+                log.warning("meeting %.300r runs on %s: the newer one counts", meeting_id, both)
+            server.doubles = doubles
+            server.twins = twins
 
     def twins(self) -> set[str]:
         """The meetings that run on two servers."""
