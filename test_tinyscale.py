@@ -23,6 +23,7 @@ Part I, secrets and strangers
 Part II, where meetings are, where calls go
     RoutingTest        each call goes to the server that has the meeting
     PlacementTest      a new meeting goes where the load is least
+    EvidenceTest       what servers say in any order, played on the directory itself
     CreateTest         a meeting is created once, whatever servers do
     RacesTest          many at the same time
     OutageTest         servers that are down, silent or broken
@@ -53,8 +54,10 @@ import bisect
 import calendar
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
+import heapq
 import html
 import html.parser
 import http.client
@@ -972,10 +975,10 @@ def fetch(port, path, method="GET", body=None, headers=None, trust=None):
 
 # tinyscale's limits where servers fail
 SHORT = (
-    ("CONNECT_TIMEOUT", 0.3),
-    ("ANSWER_TIMEOUT", 0.3),
-    ("LONG_TIMEOUT", 0.3),
-    ("PROBE_TIMEOUT", 0.15),
+    ("CONNECT_TIMEOUT", 0.5),
+    ("ANSWER_TIMEOUT", 0.6),
+    ("LONG_TIMEOUT", 0.6),
+    ("PROBE_TIMEOUT", 0.3),
     ("LATE", 0.05),
 )
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -3641,9 +3644,512 @@ class PlacementTest(ClusterTest):
         self.assertEqual(self.place(2, "then"), "31")
 
 
-class CreateTest(ClusterTest):
-    limits = SHORT
+class Asking(Exception):
+    """The program would ask the servers for a meeting now, and wait for what they say."""
 
+
+class Waiting(Exception):
+    """The program would wait now until each server has answered or failed once."""
+
+
+class PlayedDirectory(tinyscale.Directory):
+    """A Directory without threads: it raises where it would wait, and is asked again later."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        # what came of the probe of a meeting, for who asks again
+        self.heard = {}
+
+    def probe(self, meeting_id):
+        if meeting_id not in self.heard:
+            raise Asking
+        return self.heard.pop(meeting_id)
+
+    def wait_until_known(self):
+        if not all(server.is_known.is_set() for server in self.servers):
+            raise Waiting
+        return False
+
+
+def remember_without_age(self, server, info, asked):
+    tinyscale.Directory.remember(self, server, info, self.clock())
+
+
+def forget_without_age(self, server, meeting_id, asked):
+    tinyscale.Directory.forget(self, server, meeting_id, self.clock())
+
+
+def release_without_remembering(self, meeting_id, may_have, info=None):
+    tinyscale.Directory.release(self, meeting_id, may_have)
+
+
+def release_when_silent(self, meeting_id, may_have, info=None):
+    tinyscale.Directory.release(self, meeting_id, False, info)
+
+
+def home_without_claims(self, meeting_id):
+    claims, self.claims = self.claims, {}
+    try:
+        return tinyscale.Directory.home(self, meeting_id)
+    finally:
+        self.claims = claims
+
+
+def claim_where_silence_is_a_no(self, meeting_id, *args):
+    try:
+        return tinyscale.Directory.claim(self, meeting_id, *args)
+    except tinyscale.Unavailable as error:
+        if "cordoned" not in error.note:
+            raise
+        self.claims.pop(meeting_id, None)
+        self.meetings.pop(meeting_id, None)
+        return tinyscale.Directory.claim(self, meeting_id, *args)
+
+
+def is_lost_at_once(self, server):
+    return server.is_down
+
+
+BROKEN = {
+    "a yes has no age": {"remember": remember_without_age},
+    "a no has no age": {"forget": forget_without_age},
+    "a create that says SUCCESS is not remembered": {"release": release_without_remembering},
+    "a create that was not answered leaves no claim": {"release": release_when_silent},
+    "a create on its way has no claim": {"home": home_without_claims},
+    "a cordoned server's silence is a no": {"claim": claim_where_silence_is_a_no},
+    "a server that is down loses its meetings at once": {"is_lost": is_lost_at_once},
+}
+
+
+class Box(list):
+    """Letters, and who waits for one."""
+
+    reader = None
+
+
+class Machine:
+    """The truth about a server: how it answers, and which meetings it runs."""
+
+    def __init__(self, url, skew):
+        self.url, self.skew = url, skew
+        # flaky: most of its answers are lost; mute: all of them; dead: it takes no calls
+        self.mode = "well"
+        self.lives, self.creates = {}, []
+
+
+class Life:
+    """A meeting, from its begin to its end."""
+
+    def __init__(self, meeting_id, began, created):
+        self.began = began
+        self.info = tinyscale.MeetingInfo(
+            meeting_id, f"{meeting_id}-{created}", "", created, 0, False
+        )
+        # the directory was told of it, in an answer to what was asked when it ran
+        self.is_known = False
+
+
+class Create:
+    """A create, on its way or in a server's queue."""
+
+    def __init__(self, meeting_id):
+        self.meeting_id, self.gave_up = meeting_id, None
+        # the server said no when it was asked after we gave up: it will not be carried out any more
+        self.is_over = False
+
+
+class Play:
+    """People, servers and late answers around a Directory; each move is drawn from a seed.
+
+    What happens at the same time is written as generators. They yield a Box and for how long they
+    wait, and are sent the first letter in it, or None. All that they do is what the program does.
+    """
+
+    REFUSED, FAILED, GARBLED = "refused", "failed", "garbled"
+
+    def __init__(self, seed, kind=PlayedDirectory):
+        self.random = random.Random(seed)
+        self.now = 1000.0
+        self.events, self.count = [], 0
+        self.story = collections.deque(maxlen=50)
+        self.directory = kind(self.monotonic)
+        # who waits for a probe that runs, by meeting
+        self.rounds = {}
+        # their clocks differ: createTime does not tell which life was first
+        self.machines = {
+            f"http://{name}": Machine(f"http://{name}", self.random.uniform(-60, 60))
+            for name in ("one", "two", "three")
+        }
+        self.busy = self.random.choice((1, 2))
+        self.calm = self.random.choice((20, 60))
+        self.polls = self.random.choice((2, 4))
+
+    def monotonic(self):
+        return self.now
+
+    def __getattr__(self, name):
+        """It stands for the module time, too."""
+        return getattr(time, name)
+
+    def run(self, seconds):
+        """Play. Raises AssertionError, with what happened before, if a rule was broken."""
+        self.reload()
+        for server in self.directory.servers:
+            self.directory.learn(server, [], self.now, True)
+            self.begin(self.survey(server))
+        for process in (self.people(), self.endings(), self.outages(), self.reloads()):
+            self.begin(process)
+        end = self.now + seconds
+        try:
+            while self.now < end:
+                self.now, _, job, args = heapq.heappop(self.events)
+                self.bury()
+                job(*args)
+                self.check()
+        except AssertionError as error:
+            raise AssertionError("\n".join([*self.story, str(error)])) from error
+
+    # -- what happens at the same time
+
+    def at(self, when, job, *args):
+        self.count += 1
+        heapq.heappush(self.events, (when, self.count, job, args))
+
+    def begin(self, process, seconds=0):
+        self.at(self.now + seconds, self.go_on, process, None)
+
+    def go_on(self, process, letter):
+        try:
+            box, seconds = process.send(letter)
+        except StopIteration:
+            return
+        if box:
+            self.at(self.now, self.go_on, process, box.pop(0))
+        else:
+            box.reader = process
+            self.at(self.now + seconds, self.time_out, box, process)
+
+    def time_out(self, box, process):
+        if box.reader is process:
+            box.reader = None
+            self.go_on(process, None)
+
+    def put(self, box, letter):
+        reader, box.reader = box.reader, None
+        if reader:
+            self.go_on(reader, letter)
+        else:
+            box.append(letter)
+
+    def sleep(self, seconds):
+        return Box(), seconds
+
+    # -- the truth
+
+    def tell(self, text):
+        self.story.append(f"{self.now:9.3f} {text}")
+
+    def check(self):
+        """What is alive and known is found without asking."""
+        for server in self.directory.servers:
+            for meeting_id, life in self.machines[str(server)].lives.items():
+                home, why = self.directory.home(meeting_id) if life.is_known else (server, "")
+                if home is not server:
+                    raise AssertionError(f"{meeting_id} is on {server}, not on {home} ({why})")
+
+    def is_lost(self, server):
+        return server.is_down and self.now - server.since >= tinyscale.HOLD
+
+    def bury(self):
+        """What was on a server that is down for so long may begin elsewhere: here it ends."""
+        for server in self.directory.servers:
+            if self.is_lost(server):
+                machine = self.machines[str(server)]
+                machine.lives.clear()
+                for create in machine.creates:
+                    create.is_over = create.is_over or create.gave_up is not None
+
+    def carry_out(self, server, create):
+        """What the server tells of the meeting that it begins, or has; None if it is too late."""
+        machine, meeting_id = self.machines[str(server)], create.meeting_id
+        if create.is_over or self.is_lost(server):
+            return None
+        if meeting_id not in machine.lives:
+            others = [other.url for other in self.machines.values() if meeting_id in other.lives]
+            if others:
+                raise AssertionError(f"{meeting_id} is on {others}, and begins on {server}")
+            self.tell(f"{meeting_id} begins on {server}")
+            created = round(1000 * (self.now + machine.skew))
+            machine.lives[meeting_id] = Life(meeting_id, self.now, created)
+        return machine.lives[meeting_id].info
+
+    def answer(self, server, question, asked):
+        """What the server says at this moment; None: nothing that arrives."""
+        machine = self.machines[str(server)]
+        losses = {"well": 0.03, "flaky": 0.6, "mute": 1, "dead": 1}[machine.mode]
+        is_lost = self.random.random() < losses
+        if isinstance(question, Create):
+            machine.creates.remove(question)
+            if losses == 1 and self.random.random() < 0.5:
+                return None
+            info = self.carry_out(server, question)
+            is_garbled = self.random.random() < 0.2
+            return None if is_lost else self.GARBLED if is_garbled else info
+        for create in machine.creates:
+            # what it does not have when it is asked after we gave up, it will never have
+            was_given_up = create.gave_up is not None and create.gave_up < asked
+            is_meant = question in ("list", create.meeting_id)
+            if was_given_up and is_meant and create.meeting_id not in machine.lives:
+                create.is_over = True
+        if is_lost:
+            return None
+        if question == "list":
+            return [life.info for life in machine.lives.values()]
+        return machine.lives[question].info if question in machine.lives else self.FAILED
+
+    # -- what the program does
+
+    def send(self, server, question, box):
+        """Ask a server: "list", a meetingID, or a Create. The letter (server, answer) may come."""
+        machine, asked = self.machines[str(server)], self.now
+        if machine.mode == "dead":
+            self.at(self.now + 0.01, self.put, box, (server, self.REFUSED))
+            return
+
+        def arrive():
+            # the truth of this moment is read later
+            answer = self.answer(server, question, asked)
+            if answer is not None:
+                self.at(self.now + self.delay(0.05), self.put, box, (server, answer))
+
+        if isinstance(question, Create):
+            machine.creates.append(question)
+        self.at(self.now + self.delay(0.01), arrive)
+
+    def delay(self, often_long):
+        dice = self.random.random()
+        if dice < often_long:
+            return self.random.uniform(3, 70)
+        return self.random.uniform(0.1, 3) if dice < 0.6 else self.random.uniform(0.001, 0.05)
+
+    def judge(self, server, answer, asked):
+        """Server.ask: whether this is a usable answer."""
+        if answer in (None, self.REFUSED):
+            server.note_down("silent", asked)
+        elif answer != self.GARBLED:
+            server.answered = max(server.answered, asked)
+            return True
+        return False
+
+    def know(self, server, info, asked):
+        life = self.machines[str(server)].lives.get(info.meeting_id)
+        if life and life.info == info and life.began < asked:
+            life.is_known = True
+
+    def survey(self, server):
+        """tinyscale.watch"""
+        while True:
+            server.wake.clear()
+            asked, box = self.now, Box()
+            self.send(server, "list", box)
+            letter = yield box, 10
+            infos = letter and letter[1]
+            if self.judge(server, infos, asked):
+                is_whole = self.random.random() < 0.7
+                infos = infos if is_whole else infos[1:]
+                self.directory.learn(server, infos, asked, is_whole)
+                for info in infos:
+                    self.know(server, info, asked)
+            yield self.sleep(1 if server.wake.is_set() else 10)
+
+    def probe(self, meeting_id):
+        """Directory.probe: who asks for the same meeting meanwhile shares the answer."""
+        if meeting_id in self.rounds:
+            box = Box()
+            self.rounds[meeting_id].append(box)
+            return (yield box, 100)
+        boxes = self.rounds[meeting_id] = []
+        asked = self.now
+        servers = [server for server in self.directory.servers if not server.is_down]
+        probe = yield from self.ask_for(meeting_id, servers, 3)
+        if probe.is_absent:
+            self.directory.absent[meeting_id] = asked
+        del self.rounds[meeting_id]
+        for box in boxes:
+            self.put(box, probe)
+        return probe
+
+    def ask_for(self, meeting_id, servers, seconds):
+        """Directory.ask_for, answer by answer."""
+        asked, box, silent_ones, denials = self.now, Box(), list(servers), 0
+        for server in servers:
+            self.send(server, meeting_id, box)
+        while silent_ones:
+            letter = yield box, max(0, asked + seconds - self.now)
+            if letter is None:
+                break
+            server, answer = letter
+            silent_ones.remove(server)
+            if not self.judge(server, answer, asked):
+                continue
+            if answer != self.FAILED:
+                self.directory.remember(server, answer, asked)
+                self.know(server, answer, asked)
+                return tinyscale.Probe(asked, server, [], False)
+            self.directory.forget(server, meeting_id, asked)
+            denials += 1
+        for server in silent_ones:
+            # the probe is over, but not the call
+            self.at(max(self.now, asked + 10), server.note_down, "silent", asked)
+        others = [server for server in servers if server not in silent_ones]
+        return tinyscale.Probe(asked, None, others, denials == len(servers))
+
+    def played(self, job, meeting_id, *args):
+        """What a function of the program returns. It begins again after each wait."""
+        while True:
+            try:
+                return job(self.directory, *args)
+            except Asking:
+                self.directory.heard[meeting_id] = yield from self.probe(meeting_id)
+            except Waiting:
+                yield self.sleep(0.2)
+            except tinyscale.Unavailable:
+                return None
+
+    def create(self, meeting_id):
+        """tinyscale.create"""
+        call = tinyscale.ApiCall("create", params={"meetingID": meeting_id})
+        deadline, tried, answer = self.now + 60, set(), self.REFUSED
+        while answer == self.REFUSED:
+            place = yield from self.played(tinyscale.place, meeting_id, call, tried)
+            if place is None:
+                return
+            server, why = place
+            self.tell(f"create {meeting_id} goes to {server} ({why})")
+            create, box, asked = Create(meeting_id), Box(), self.now
+            self.send(server, create, box)
+            letter = yield box, max(1, deadline - self.now)
+            answer = letter and letter[1]
+            info = answer if self.judge(server, answer, asked) else None
+            may_have = info is None and answer != self.REFUSED
+            self.tell(f"create {meeting_id} at {server}: {answer}")
+            self.directory.release(meeting_id, may_have, info)
+            tried.add(server)
+            if info:
+                self.know(server, info, self.now)
+            else:
+                server.doubts = 2
+            if may_have:
+                create.gave_up = self.now
+                # somebody clicks again
+                self.begin(self.create(meeting_id), self.random.uniform(0, 2))
+            if why in ("remembered", "may have it"):
+                return
+
+    def poll(self, meeting_id):
+        """tinyscale.relay: the meeting's own server is asked before a denial is passed on."""
+        place = yield from self.played(tinyscale.Directory.find, meeting_id, meeting_id)
+        if place and place[0]:
+            yield from self.ask_for(meeting_id, [place[0]], 75)
+
+    # -- chance
+
+    def any_meeting(self):
+        return self.random.choice(("red", "green", "blue"))
+
+    def any_machine(self):
+        return self.random.choice(list(self.machines.values()))
+
+    def people(self):
+        while True:
+            yield self.sleep(self.random.expovariate(self.busy))
+            process = self.random.choice([self.create] + [self.poll] * self.polls)
+            self.begin(process(self.any_meeting()))
+
+    def endings(self):
+        while True:
+            yield self.sleep(self.random.expovariate(self.busy))
+            machine, meeting_id = self.any_machine(), self.any_meeting()
+            if machine.lives.pop(meeting_id, None):
+                self.tell(f"{meeting_id} ends on {machine.url}")
+                # as when a moderator has ended it by mistake, and opens it again
+                for process in (self.poll, self.create):
+                    self.begin(process(meeting_id), self.random.uniform(0, 2))
+
+    def outages(self):
+        while True:
+            yield self.sleep(self.random.uniform(1, self.calm))
+            machine = self.any_machine()
+            machine.mode = self.random.choice(("mute", "dead", "flaky", "flaky"))
+            self.tell(f"{machine.url} is {machine.mode}")
+            # shorter and longer than HOLD
+            yield self.sleep(self.random.choice((1, 5, 15, 35, 50)))
+            machine.mode = "well"
+            self.tell(f"{machine.url} is well")
+
+    def reloads(self):
+        while True:
+            yield self.sleep(self.random.expovariate(0.2))
+            self.reload()
+
+    def reload(self):
+        """Other weights, other cordons, another order."""
+        urls = list(self.machines)
+        self.random.shuffle(urls)
+        cordoned = [url for url in urls if self.random.random() < 0.4]
+        self.directory.use(
+            [tinyscale.Entry(url, "s", self.random.randint(1, 3), url in cordoned) for url in urls],
+            self.random.choice(("turn", "load")),
+        )
+        self.tell(f"cordoned: {cordoned}")
+
+
+class EvidenceTest(unittest.TestCase):
+    """What a Directory makes of answers that come late, in any order, or never."""
+
+    SEEDS = range(200)
+
+    def play(self, seed, kind=PlayedDirectory):
+        """A few thousand steps. Raises AssertionError if there is a twin, or one is forgotten."""
+        play = Play(seed, kind)
+        with mock.patch.object(tinyscale, "time", play):
+            play.run(150)
+
+    def test_no_order_of_answers_makes_a_twin_or_forgets_a_meeting(self):
+        for seed in self.SEEDS:
+            with self.subTest(seed=seed):
+                self.play(seed)
+
+    def test_the_play_notices_when_a_rule_is_broken(self):
+        for rule, methods in BROKEN.items():
+            with self.subTest(rule):
+                kind = type("BrokenDirectory", (PlayedDirectory,), methods)
+                with self.assertRaises(AssertionError):
+                    for seed in self.SEEDS:
+                        self.play(seed, kind)
+
+
+# Where a server must be silent, for this test's or block's calls.
+short = mock.patch.multiple(tinyscale, **dict(SHORT))
+
+
+PASSWORDS = "&attendeePW=ap&moderatorPW=mp"
+
+
+def late(gate, arrived):
+    """Find the answer out at once, and send it when the gate is open. Only the first call is late."""
+
+    def fault(handler):
+        handler.bbb.faults.clear()
+        answer = proper(handler)
+        arrived.set()
+        gate.wait(10)
+        return answer
+
+    return fault
+
+
+class CreateTest(ClusterTest):
     def test_once_placed_creates_run_side_by_side(self):
         self.create("room")
         gate, arrived = threading.Event(), threading.Semaphore(0)
@@ -3659,27 +4165,26 @@ class CreateTest(ClusterTest):
         gate.set()
         self.assertEqual([create.result(5).returncode for create in creates], ["SUCCESS"] * 3)
 
-    def test_a_second_create_of_a_meeting_goes_where_the_first_one_is_on_its_way(self):
+    def test_creates_of_one_meeting_go_where_the_first_is_on_its_way_and_hold_up_no_other(self):
         gate, arrived = threading.Event(), threading.Event()
         self.fakes[0].faults["create"] = held(gate, arrived)
         first = background(self.create, "room")
-        arrived.wait(5)
-        second = background(self.create, "room")
+        self.assertTrue(arrived.wait(5))
+        self.fakes[0].faults.clear()
         self.assertEqual(self.create("another").returncode, "SUCCESS")
-        self.assertTrue(until(lambda: self.counts("create") == [2, 1, 0]))
+        self.assertEqual(self.create("room").messageKey, "")
         gate.set()
-        keys = {first.result(5).messageKey, second.result(5).messageKey}
-        self.assertEqual(keys, {"", "duplicateWarning"})
-        self.assertEqual(self.having("room"), [self.fakes[0]])
-        self.assertEqual(self.directory.claims, {})
+        self.assertEqual(first.result(5).messageKey, "duplicateWarning")
+        self.assertEqual(self.counts("create"), [2, 1, 0])
 
     def test_a_survey_during_a_create_does_not_forget_where_it_is_being_carried_out(self):
         self.create("room")
         gate, arrived = threading.Event(), threading.Event()
-        self.fakes[0].meetings.clear()  # it is over, and begins anew
+        # it is over, and begins anew
+        self.fakes[0].meetings.clear()
         self.fakes[0].faults["create"] = held(gate, arrived)
         first = background(self.create, "room")
-        arrived.wait(5)
+        self.assertTrue(arrived.wait(5))
         self.survey()
         self.fakes[0].faults.clear()
         second = self.create("room")
@@ -3692,33 +4197,24 @@ class CreateTest(ClusterTest):
         self.survey()
         gate = threading.Event()
         self.fakes[0].faults["*"] = held(gate)
-        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=0.05, LONG_TIMEOUT=5):
-            headers = {"Content-Type": "text/xml"}
+        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=0.05):
+            slides = {"body": b"<x/>", "headers": {"Content-Type": "text/xml"}}
             calls = [
                 background(self.create, "room"),
                 background(
-                    lambda: self.get(
-                        "insertDocument",
-                        "meetingID=room",
-                        method="POST",
-                        body=b"<x/>",
-                        headers=headers,
-                    )
+                    lambda: self.get("insertDocument", "meetingID=room", method="POST", **slides)
                 ),
             ]
             self.assertTrue(until(lambda: self.fakes[0].count("create", "insertDocument") == 2))
-            self.assertEqual(
-                self.get("sendChatMessage", "meetingID=room").messageKey, "serverUnavailable"
-            )
+            answer = self.get("sendChatMessage", "meetingID=room")
+            self.assertEqual(answer.messageKey, "serverUnavailable")
             gate.set()
             self.assertEqual([call.result(5).returncode for call in calls], ["SUCCESS"] * 2)
 
     def test_passwords_are_bbbs_business(self):
-        first = self.create("room", "&attendeePW=ap&moderatorPW=mp")
+        first = self.create("room", PASSWORDS)
         self.assertEqual((first.attendeePW, first.moderatorPW, first.messageKey), ("ap", "mp", ""))
-        self.assertEqual(
-            self.create("room", "&attendeePW=ap&moderatorPW=mp").messageKey, "duplicateWarning"
-        )
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "duplicateWarning")
         self.assertEqual(self.create("room", "&attendeePW=other").messageKey, "idNotUnique")
         self.assertEqual(self.create("x").messageKey, "validationError")
         self.assertNotIn("x", self.directory.meetings)
@@ -3728,20 +4224,35 @@ class CreateTest(ClusterTest):
         entries = self.entries()
         entries[0]["cordoned"] = True
         self.load(entries)
-        self.assertEqual(
-            (self.create("room").messageKey, self.having("room")),
-            ("duplicateWarning", [self.fakes[0]]),
-        )
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [self.fakes[0]])
         self.fakes[0].meetings.clear()
-        self.assertEqual(
-            (self.create("room").returncode, self.having("room")), ("SUCCESS", [self.fakes[1]])
-        )
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertEqual(self.having("room"), [self.fakes[1]])
         self.assertEqual(self.create("other").returncode, "SUCCESS")
         self.assertEqual(self.having("other"), [self.fakes[2]])
+
+    def test_a_server_that_is_cordoned_while_a_create_is_on_its_way_gets_the_next_one_too(self):
+        self.create("room")
+        self.get("end", "meetingID=room")
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["create"] = held(gate, arrived)
+        first = background(self.create, "room")
+        self.assertTrue(arrived.wait(5))
+        entries = self.entries()
+        entries[0]["cordoned"] = True
+        self.load(entries)
+        second = background(self.create, "room")
+        until(lambda: self.fakes[0].count("create") == 3 or second.done())
+        gate.set()
+        answers = first.result(5).returncode, second.result(5).returncode
+        self.assertEqual(answers, ("SUCCESS", "SUCCESS"))
+        self.assertEqual(self.having("room"), [self.fakes[0]])
 
     def test_a_server_that_cannot_be_reached_or_refuses_leaves_its_turn_to_the_next(self):
         for fault in (
             None,
+            status(404),
             status(502),
             status(503),
             status(301, Location="https://elsewhere.example.org"),
@@ -3763,61 +4274,108 @@ class CreateTest(ClusterTest):
                 if not fault:
                     self.fakes[0].up()
 
-    def test_after_silence_a_504_or_a_500_a_create_is_never_tried_elsewhere(self):
-        rubbish = sends(b"rubbish\r\n")
-        empty = status(200, "")
-        for number, fault in enumerate((silent, reset, rubbish, empty, status(504), status(500))):
-            with self.subTest(number):
+    @short
+    def test_if_it_may_have_been_carried_out_a_create_is_never_tried_elsewhere(self):
+        cut = "<response><returncode>SUCCESS</returncode><meetingID>ro"
+        for name, fault, state in (
+            ("silence", silent, "down"),
+            ("a reset", reset, "down"),
+            ("rubbish", sends(b"rubbish\r\n"), "down"),
+            ("504", status(504), "down"),
+            ("500", status(500), "up"),
+            ("a page", status(200), "up"),
+            ("nothing", status(200, "", "text/xml"), "up"),
+            ("half an answer", status(200, cut, "text/xml"), "up"),
+        ):
+            with self.subTest(name):
                 self.start()
-                room = f"room{number}"
-                fake = self.fakes[0]
+                fake, room = self.fakes[0], f"after {name}"
                 fake.faults["create"] = fault
                 answer = self.create(room)
                 self.assertEqual((answer.status, answer.messageKey), (200, "serverUnavailable"))
                 self.assertEqual(self.counts("create"), [1, 0, 0])
-                self.assertEqual(self.directory.claims[room].server, self.directory.servers[0])
-                # asked after we gave up, the server says that it does not have the meeting
+                self.assertEqual(self.directory.servers[0].state, state)
                 fake.faults.clear()
-                self.survey()
-                self.assertEqual(self.directory.claims, {})
-                # it gets new meetings again after a second good survey
+                if state == "down":
+                    self.assertEqual(self.create(room).messageKey, "serverUnavailable")
+                    self.survey()
+                # it says that it has no such meeting, and had no success with a create
                 self.assertEqual(self.create(room).returncode, "SUCCESS")
-                self.assertEqual(self.counts("create")[0], 0)
-                for other in self.fakes:
-                    other.meetings.clear()
+                self.assertEqual(self.having(room), [self.fakes[1]])
+                self.assertEqual(self.directory.claims, {})
 
     def test_a_create_that_was_carried_out_without_an_answer_is_found_by_the_next(self):
-        def carried_out_then_silent(handler):
-            proper(handler)
-            return silent(handler)
-
-        self.fakes[0].faults["create"] = carried_out_then_silent
+        hang_up = sends(b"")
+        self.fakes[0].faults["create"] = lambda handler: proper(handler) and hang_up(handler)
         self.assertEqual(self.create("room").messageKey, "serverUnavailable")
         self.fakes[0].faults.clear()
         self.survey()
-        self.assertEqual(
-            (self.create("room").messageKey, self.having("room")),
-            ("duplicateWarning", [self.fakes[0]]),
-        )
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [self.fakes[0]])
 
-    def test_the_lock_of_a_failed_create_is_released(self):
+    def test_a_server_that_garbled_the_answer_to_a_create_gets_the_next_until_it_denies(self):
+        whole = "<response><returncode>SUCCESS</returncode><meetingID>ro"
+        for name, text in (("nothing", ""), ("half of it", whole), ("no ID", whole[:-13])):
+            with self.subTest(name):
+                self.start()
+                fake, room = self.fakes[0], f"answered with {name}"
+                garbled = status(200, text, "text/xml")
+                fake.faults["create"] = lambda handler: proper(handler) and garbled(handler)
+                for _ in range(3):
+                    self.assertEqual(self.create(room).messageKey, "serverUnavailable")
+                    # so it can neither confirm nor deny
+                    fake.faults["getMeetingInfo"] = status(500)
+                self.assertEqual((self.counts("create"), self.having(room)), ([3, 0, 0], [fake]))
+                fake.faults.clear()
+                self.assertEqual(self.create(room).messageKey, "duplicateWarning")
+                self.get("end", f"meetingID={quote_plus(room)}")
+                for fake in self.fakes:
+                    fake.calls.clear()
+
+    def test_creates_behind_one_that_hangs_do_not_wait_for_it_and_then_for_themselves(self):
+        self.fakes[0].faults["create"] = silent
+        creates = [background(self.create, "room") for _ in range(3)]
+        # all of them wait for the server, each for itself
+        self.assertTrue(until(lambda: self.fakes[0].count("create") == 3))
+        self.fakes[0].down()
+        answers = {create.result(5).messageKey for create in creates}
+        self.assertEqual((answers, self.counts("create")), ({"serverUnavailable"}, [3, 0, 0]))
+
+    def test_what_a_create_had_to_wait_before_it_was_sent_is_part_of_its_time(self):
+        calls = []
+        call = tinyscale.Server.call
+
+        def note(server, request, why, timeout=0):
+            if request.name == "create":
+                calls.append(timeout)
+            return call(server, request, why, timeout)
+
+        def slow(handler):
+            self.clock.ahead += 20
+            return proper(handler)
+
+        self.fakes[0].faults["getMeetingInfo"] = slow
+        with mock.patch.object(tinyscale.Server, "call", note):
+            self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertEqual(len(calls), 1)
+        self.assertLess(calls[0], tinyscale.LONG_TIMEOUT - 19)
+
+    def test_the_claim_of_a_failed_create_is_given_up(self):
         for fake in self.fakes:
             fake.down()
         for _ in range(3):
             self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.assertEqual(self.directory.claims, {})
         self.fakes[1].up()
         self.survey()
-        self.assertEqual(
-            (self.create("room").returncode, self.having("room")), ("SUCCESS", [self.fakes[1]])
-        )
-        self.assertTrue(until(lambda: not len(self.directory.claims)))
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertEqual(self.having("room"), [self.fakes[1]])
 
     def test_slides_are_sent_again_to_the_next_server(self):
         slides = b'<modules><module name="presentation"/></modules>'
         self.fakes[0].faults["create"] = status(502)
-        answer = self.create(
-            "room", method="POST", body=slides, headers={"Content-Type": "application/xml"}
-        )
+        headers = {"Content-Type": "application/xml"}
+        answer = self.create("room", method="POST", body=slides, headers=headers)
         self.assertEqual(answer.returncode, "SUCCESS")
         self.assertEqual(self.fakes[1].calls[-1][2:], ("POST", slides, "application/xml"))
 
@@ -3833,18 +4391,76 @@ class CreateTest(ClusterTest):
         self.create("breakout1", breakout)
         self.assertEqual(self.having("breakout1"), [parent])
         parent.faults["create"] = status(502)
-        for number in (2, 3):  # the call finds out; then it is known
-            self.assertEqual(
-                self.create(f"breakout{number}", breakout).messageKey, "serverUnavailable"
-            )
+        # the call finds out; then it is known
+        for number in (2, 3):
+            answer = self.create(f"breakout{number}", breakout)
+            self.assertEqual(answer.messageKey, "serverUnavailable")
         self.assertEqual(self.counts("create")[1:], [0, 0])
+
+    def test_a_server_whose_create_failed_gets_no_new_meeting_until_its_second_good_survey(self):
+        for fault in (status(502), status(500), sends(b"")):
+            with self.subTest(fault):
+                self.start()
+                self.fakes[0].faults["create"] = fault
+                self.create("lost")
+                self.fakes[0].faults.clear()
+                self.survey()
+                self.assertEqual(self.states(), ["up"] * 3)
+                self.create_rooms(3, "early")
+                self.assertEqual(self.fakes[0].meetings, {})
+                self.survey()
+                self.create_rooms(3, "then")
+                self.assertEqual(len(self.fakes[0].meetings), 1)
+                for fake in self.fakes:
+                    fake.meetings.clear()
+
+    def test_a_survey_that_was_asked_before_a_create_failed_is_no_good_survey(self):
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["getMeetings"] = late(gate, arrived)
+        survey = background(tinyscale.survey, self.directory, self.directory.servers[0])
+        self.assertTrue(arrived.wait(5))
+        self.fakes[0].faults["create"] = status(502)
+        self.create("room")
+        self.fakes[0].faults.clear()
+        gate.set()
+        survey.result(5)
+        self.survey()
+        self.create_rooms(3, "early")
+        self.assertEqual(self.fakes[0].meetings, {})
+        self.survey()
+        self.create_rooms(3, "then")
+        self.assertEqual(len(self.fakes[0].meetings), 1)
+
+    def test_what_bbb_itself_refuses_takes_no_server_out_of_the_turn(self):
+        self.create("room", PASSWORDS)
+        for _ in range(3):
+            self.assertEqual(self.create("x").messageKey, "validationError")
+            self.assertEqual(self.create("room", "&attendeePW=x").messageKey, "idNotUnique")
+        self.create_rooms(3, "new")
+        self.assertEqual(sorted(len(fake.meetings) for fake in self.fakes), [1, 1, 2])
+
+    def test_a_create_that_was_one_too_many_for_a_server_takes_it_out_of_no_turn(self):
+        with mock.patch.multiple(tinyscale, MAX_WAITING=2):
+            self.start()
+        gate = threading.Event()
+        self.fakes[0].faults["create"] = held(gate)
+        creates = [background(self.create, "room") for _ in range(2)]
+        self.assertTrue(until(lambda: self.fakes[0].count("create") == 2))
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        gate.set()
+        self.assertEqual({create.result(5).returncode for create in creates}, {"SUCCESS"})
+        self.create_rooms(3, "new")
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 1, 1])
 
 
 class RacesTest(ClusterTest):
+    def where(self, meeting_id):
+        """Where a browser is sent that joins."""
+        location = self.get("join", f"meetingID={meeting_id}&fullName=x").headers["Location"]
+        return next(fake for fake in self.fakes if location.startswith(fake.url))
+
     def test_200_creates_of_one_meeting_at_once_end_on_one_server(self):
-        answers = self.together(
-            [lambda: self.create("room", "&attendeePW=ap&moderatorPW=mp")] * 200
-        )
+        answers = self.together([lambda: self.create("room", PASSWORDS)] * 200)
         self.assertEqual({answer.returncode for answer in answers}, {"SUCCESS"})
         self.assertEqual(len({answer.internalMeetingID for answer in answers}), 1)
         self.assertEqual((len(self.having("room")), sum(self.counts("create"))), (1, 200))
@@ -3884,10 +4500,8 @@ class RacesTest(ClusterTest):
             self.assertLessEqual(len(self.having(f"room{number}")), 1)
 
         def end(number):
-            self.assertIn(
-                self.get("end", f"meetingID=room{number}").messageKey,
-                ("notFound", "sentEndMeetingRequest"),
-            )
+            answer = self.get("end", f"meetingID=room{number}")
+            self.assertIn(answer.messageKey, ("notFound", "sentEndMeetingRequest"))
 
         def reload():
             self.load(
@@ -3895,25 +4509,114 @@ class RacesTest(ClusterTest):
             )
             weights.append(weights.pop(0))
 
+        def survey():
+            for server in self.directory.servers:
+                tinyscale.survey(self.directory, server)
+
         weights = [1, 2, 3]
         jobs = [
             lambda number=number, job=job: job(number)
             for number in range(3)
             for job in (create, create, end)
         ]
-        loops = [background(loop, job) for job in [*jobs, reload, lambda: self.survey()]]
-        until(lambda: sum(fake.count("create") for fake in self.fakes) > 200, 0.7)
+        loops = [background(loop, job) for job in [*jobs, reload, survey]]
+        until(lambda: sum(self.counts("create")) > 200, 0.7)
         stop.set()
-        self.assertEqual([loop.result(20) for loop in loops], [None] * len(loops))  # none broke off
+        # none broke off
+        self.assertEqual([loop.result(20) for loop in loops], [None] * len(loops))
         self.assertEqual(mistakes, [])
         for number in range(3):
             self.assertEqual(self.create(f"room{number}").returncode, "SUCCESS")
             self.assertEqual(len(self.having(f"room{number}")), 1)
 
+    def test_a_late_yes_about_an_earlier_life_of_a_meeting_changes_nothing(self):
+        # its clock goes ahead: createTime does not tell which life is the earlier one
+        self.fakes[0].clock += 10**6
+        self.create("room")
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["getMeetingInfo"] = late(gate, arrived)
+        # nobody has joined, so its server is asked once more
+        poll = background(self.get, "isMeetingRunning", "meetingID=room")
+        self.assertTrue(arrived.wait(5))
+        self.get("end", "meetingID=room")
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").messageKey, "notFound")
+        self.create("room")
+        self.assertEqual(self.having("room"), [self.fakes[1]])
+        gate.set()
+        self.assertEqual(poll.result(5).running, "false")
+        self.assertIs(self.where("room"), self.fakes[1])
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [self.fakes[1]])
+
+    def test_a_late_no_does_not_forget_a_meeting_that_a_create_began_again(self):
+        # not the first server: that one gets what is nowhere
+        self.create_rooms(1, "other")
+        self.create("room")
+        self.get("end", "meetingID=room")
+        gate, arrived = threading.Event(), threading.Event()
+        owner = self.fakes[1]
+        # the answer to the call comes at once, that to the question after it is late
+        owner.faults["getMeetingInfo"] = lambda handler: (
+            owner.faults.update(getMeetingInfo=late(gate, arrived)) or proper(handler)
+        )
+        poll = background(self.get, "getMeetingInfo", "meetingID=room")
+        self.assertTrue(arrived.wait(5))
+        self.assertEqual(self.create("room").messageKey, "")
+        owner.faults["getMeetingInfo"] = status(500)
+        gate.set()
+        poll.result(5)
+        # it is known without asking
+        self.assertIs(self.where("room"), owner)
+
+    def test_a_no_that_was_asked_before_the_answer_to_a_create_does_not_forget_the_meeting(self):
+        # not the first server: that one gets what is nowhere
+        self.create_rooms(1, "other")
+        owner, go, gate = self.fakes[1], threading.Event(), threading.Event()
+        create_arrived, survey_arrived = threading.Event(), threading.Event()
+        owner.faults["create"] = held(go, create_arrived)
+        create = background(self.create, "room")
+        self.assertTrue(create_arrived.wait(5))
+        # its list is made before the meeting begins, and comes when it runs
+        owner.faults["getMeetings"] = late(gate, survey_arrived)
+        survey = background(tinyscale.survey, self.directory, self.directory.servers[1])
+        self.assertTrue(survey_arrived.wait(5))
+        go.set()
+        self.assertEqual(create.result(5).returncode, "SUCCESS")
+        owner.faults["getMeetingInfo"] = status(500)
+        gate.set()
+        survey.result(5)
+        self.assertIs(self.where("room"), owner)
+
+    def test_of_two_meetings_of_one_id_the_one_that_can_be_reached_counts(self):
+        # a twin: the newer one
+        self.fakes[0].put("room", created=1800000000000)
+        self.fakes[1].put("room")
+        self.survey()
+        self.survey()
+        self.assertIs(self.where("room"), self.fakes[0])
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD + 1
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertIs(self.where("room"), self.fakes[1])
+        self.assertEqual(self.fakes[2].meetings, {})
+
+    def test_what_began_anew_is_remembered_whatever_the_clocks_of_the_servers_say(self):
+        self.fakes[0].clock += 10**6
+        self.create("room")
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD + 1
+        self.assertEqual(self.create("room").messageKey, "")
+        # it is known without asking
+        for fake in self.fakes[1:]:
+            fake.faults["getMeetingInfo"] = status(500)
+        self.assertIs(self.where("room"), self.fakes[1])
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), self.fakes[:2])
+
 
 class OutageTest(ClusterTest):
-    limits = SHORT
-
     def ways_to_fail(self):
         """Each way in which the first server can fail, and how it comes back."""
         fake = self.fakes[0]
@@ -3923,6 +4626,7 @@ class OutageTest(ClusterTest):
             ("silent", silent),
             ("reset", reset),
             ("nothing", sends(b"")),
+            ("404", status(404)),
             ("500", status(500)),
             ("502", status(502)),
             ("503", status(503)),
@@ -3937,23 +4641,28 @@ class OutageTest(ClusterTest):
         ):
             yield name, lambda fault=fault: fake.faults.update({"*": fault}), fake.faults.clear
 
+    # what a server may say of one meeting alone: that it is down, a survey finds out
+    ODD = ("500", "a page", "malformed")
+
+    @short
     def test_an_outage_is_held_out_and_over_when_the_server_answers_again(self):
         for name, fail, mend in self.ways_to_fail():
             with self.subTest(name):
                 self.start()
+                server = self.directory.servers[0]
                 lost, healthy = f"lost {name}", f"healthy {name}"
                 self.fakes[0].put(lost)
                 self.fakes[1].put(healthy)
                 self.survey()
                 fail()
-                # the first call fails and marks the server down (a survey does, if it might be the meeting's fault);
-                # its meeting is held, everything else goes on
+                # the first call fails and marks the server down; its meeting is held, everything
+                # else goes on
                 query = f"meetingID={quote_plus(lost)}"
                 self.assertEqual(self.get("getMeetingInfo", query).messageKey, "serverUnavailable")
-                if name in ("500", "a page", "malformed"):
-                    self.assertEqual(self.directory.servers[0].state, "up")
+                if name in self.ODD:
+                    self.assertEqual(server.state, "up")
                     self.survey()
-                self.assertEqual(self.directory.servers[0].state, "down")
+                self.assertEqual(server.state, "down")
                 for call in ("getMeetingInfo", "isMeetingRunning", "end", "create"):
                     self.assertEqual(self.get(call, query).messageKey, "serverUnavailable")
                 query = f"meetingID={quote_plus(healthy)}"
@@ -3967,38 +4676,282 @@ class OutageTest(ClusterTest):
                 # it comes back within one survey, with its meeting
                 mend()
                 self.survey()
-                self.assertEqual(self.directory.servers[0].state, "up")
+                self.assertEqual(server.state, "up")
                 self.assertEqual(self.create(lost).messageKey, "duplicateWarning")
-                for fake in self.fakes:
-                    fake.meetings.clear()
+            mend()
+            for fake in self.fakes:
+                fake.meetings.clear()
 
+    @short
     def test_a_server_that_fails_from_the_start_is_left_out_until_it_answers(self):
         for name, fail, mend in self.ways_to_fail():
             with self.subTest(name):
                 fail()
                 self.start()
+                self.assertEqual(self.states(), ["down", "up", "up"])
                 self.create_rooms(4)
                 self.assertEqual([len(fake.meetings) for fake in self.fakes], [0, 2, 2])
                 mend()
                 self.survey()
                 self.create_rooms(3, "again")
                 self.assertTrue(self.fakes[0].meetings)
-                for fake in self.fakes:
-                    fake.meetings.clear()
+            mend()
+            for fake in self.fakes:
+                fake.meetings.clear()
 
+    def test_a_server_that_refuses_to_list_its_meetings_is_down(self):
+        self.fakes[0].faults["getMeetings"] = lambda handler: failed("x\nforged line" + "y" * 500)
+        self.survey()
+        self.assertEqual(self.states(), ["down", "up", "up"])
+        self.assertRegex(self.log.getvalue(), "is down: .*getMeetings.*'x")
+        # and what it says cannot forge lines of the log
+        self.assertNotIn("\nforged", self.log.getvalue())
+        self.assertNotIn("yyyy" * 50, self.log.getvalue())
+        self.start()
+        self.assertEqual(self.states(), ["down", "up", "up"])
+
+    @short
     def test_a_tls_handshake_that_never_ends_is_an_outage(self):
         with socket.socket() as mute:
             mute.bind(("127.0.0.1", 0))
             mute.listen(50)
-            self.write_servers(
-                [
-                    {"host": f"https://127.0.0.1:{mute.getsockname()[1]}", "secret": "s"},
-                    *self.entries(),
-                ]
-            )
+            host = f"https://127.0.0.1:{mute.getsockname()[1]}"
+            self.write_servers([{"host": host, "secret": "s"}, *self.entries()])
             self.start()
             self.assertIn("is down: no connection: ", self.log.getvalue())
             self.create_rooms(3)
+
+    # -- what may mark a server down
+
+    # the calls whose failure may be an outage, with parameters
+    TELLING = (
+        ("getMeetings", ""),
+        ("getMeetingInfo", "meetingID=room"),
+        ("isMeetingRunning", "meetingID=room"),
+        ("end", "meetingID=room"),
+        ("create", "meetingID=room"),
+    )
+    # all others
+    OTHER = (
+        ("join", "meetingID=room&redirect=false"),
+        ("insertDocument", "meetingID=room"),
+        ("sendChatMessage", "meetingID=room&message=x"),
+        ("getSessions", ""),
+        ("getRecordings", ""),
+        ("publishRecordings", "recordID=R&publish=true"),
+        ("deleteRecordings", "recordID=R"),
+        ("updateRecordings", "recordID=R"),
+        ("getRecordingTextTracks", "recordID=R"),
+        ("putRecordingTextTrack", "recordID=R&kind=subtitles&lang=en"),
+        ("hooks/create", "callbackURL=http%3A%2F%2Fx"),
+        ("hooks/list", ""),
+        ("hooks/destroy", f"hookID={tinyscale.hook_id('http://x')}"),
+        ("somethingNew", ""),
+        ("somethingNew", "meetingID=room"),
+    )
+    BREAKDOWNS = (
+        ("nothing", sends(b"")),
+        ("404", status(404)),
+        ("502", status(502)),
+        ("503", status(503)),
+        ("504", status(504)),
+        ("a redirect", status(301, Location="https://elsewhere.example.org")),
+        ("wrong secret", lambda handler: failed("checksumError")),
+    )
+    # of one meeting, or of a client's odd call
+    REFUSALS = (
+        ("400", status(400)),
+        ("413", status(413)),
+        ("414", status(414)),
+        ("500", status(500)),
+        ("a page", status(200)),
+    )
+
+    def break_once(self, call, query, fault, **kwargs):
+        """What states the servers are in when the first one has failed so at this call alone."""
+        owner = self.fakes[0]
+        owner.faults[call] = fault
+        answer = self.get(call, query, **kwargs)
+        owner.faults.clear()
+        states = self.states()
+        # twice, or it would get no new meetings
+        if "down" in states:
+            self.survey()
+            self.survey()
+        return answer, states
+
+    def test_only_calls_about_running_meetings_mark_a_server_down(self):
+        self.fakes[0].put("room")
+        self.fakes[0].record("room", 1, copy_of="R")
+        self.fakes[0].hooks["its own ID"] = "http://x"
+        self.survey()
+        for name, fault in self.BREAKDOWNS:
+            for call, query in self.TELLING:
+                with self.subTest(name, call=call):
+                    answer, states = self.break_once(call, query, fault)
+                    self.assertEqual(states, ["down", "up", "up"])
+                    if call != "getMeetings":
+                        self.assertEqual(answer.messageKey, "serverUnavailable")
+            for call, query in self.OTHER:
+                with self.subTest(name, call=call):
+                    _, states = self.break_once(call, query, fault)
+                    self.assertEqual(states, ["up"] * 3)
+        for call, _ in self.OTHER:
+            with self.subTest(call):
+                self.assertTrue(self.fakes[0].count(call), "it was never asked")
+
+    def test_what_a_server_says_of_one_call_is_no_outage_but_none_may_break_its_list(self):
+        self.fakes[0].put("room")
+        self.survey()
+        for name, fault in self.REFUSALS:
+            for call, query in self.TELLING:
+                with self.subTest(name, call=call):
+                    answer, states = self.break_once(call, query, fault)
+                    is_list = call == "getMeetings"
+                    self.assertEqual(states, ["down" if is_list else "up", "up", "up"])
+                    self.assertEqual(
+                        answer.messageKey if answer.status == 200 else answer.status,
+                        "noMeetings" if is_list else "serverUnavailable",
+                    )
+            with self.subTest(name, call="a client's own getMeetings"):
+                self.assertEqual(self.break_once("getMeetings", "x=y", fault)[1], ["up"] * 3)
+
+    @short
+    def test_silence_marks_a_server_down_only_at_these_calls_too(self):
+        self.fakes[0].put("room")
+        self.fakes[0].record("room", 1, copy_of="R")
+        self.survey()
+        self.fakes[0].faults.update({call: silent for call, _ in self.OTHER})
+        self.together(
+            [lambda call=call, query=query: self.get(call, query) for call, query in self.OTHER]
+        )
+        self.assertEqual(self.states(), ["up"] * 3)
+        calls = []
+        for fake, (call, query) in zip(self.fakes, self.TELLING[1:4]):
+            fake.put(f"room {call}")
+            fake.faults[call] = silent
+            calls.append(lambda call=call: self.get(call, f"meetingID=room+{call}"))
+        self.survey()
+        answers = self.together(calls)
+        self.assertEqual({answer.messageKey for answer in answers}, {"serverUnavailable"})
+        self.assertEqual(self.states(), ["down"] * 3)
+
+    def test_a_body_that_is_refused_is_no_outage(self):
+        self.create("room")
+        slides = {"method": "POST", "body": b"<modules/>", "headers": {"Content-Type": "text/xml"}}
+        for name, fault in self.BREAKDOWNS + self.REFUSALS:
+            with self.subTest(name):
+                _, states = self.break_once("create", "meetingID=room", fault, **slides)
+                self.assertEqual(states, ["up"] * 3)
+        self.create_rooms(3, "new")
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 1, 1])
+
+    def post_form(self, call, form):
+        checksum = hashlib.sha256((call + form + SECRET).encode()).hexdigest()
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        path = f"/bigbluebutton/api/{call}?checksum={checksum}"
+        return self.http(path, method="POST", body=form, headers=headers)
+
+    def test_a_long_form_that_old_servers_refuse_is_no_outage(self):
+        form = "meetingID=long&name=" + "x" * 9000
+        for fault in (lambda handler: failed("checksumError"), status(400), status(413)):
+            with self.subTest(fault):
+                for fake in self.fakes:
+                    fake.faults["create"] = fault
+                self.assertEqual(self.post_form("create", form).messageKey, "serverUnavailable")
+                self.assertEqual(self.states(), ["up"] * 3)
+        for fake in self.fakes:
+            fake.faults.clear()
+        self.create_rooms(3)
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [1, 1, 1])
+
+    def test_a_short_form_that_is_refused_for_its_checksum_is_an_outage_like_a_url(self):
+        self.fakes[0].faults["create"] = lambda handler: failed("checksumError")
+        self.assertEqual(self.post_form("create", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual(self.states(), ["down", "up", "up"])
+
+    def test_a_huge_id_is_no_outage_whatever_servers_make_of_its_url(self):
+        def refuses_long_urls(answer):
+            return lambda handler: (answer if len(handler.path) > 8192 else proper)(handler)
+
+        for answer in (status(400), status(414), sends(b""), reset):
+            for call in ("isMeetingRunning", "getMeetingInfo", "end", "create"):
+                with self.subTest(answer, call=call):
+                    for fake in self.fakes:
+                        fake.faults["*"] = refuses_long_urls(answer)
+                    self.post_form(call, "meetingID=" + "x" * 60000)
+                    self.assertEqual(self.states(), ["up"] * 3)
+                for fake in self.fakes:
+                    fake.faults.clear()
+                self.survey()
+                self.survey()
+
+    def drop_kept(self):
+        for server in self.directory.servers:
+            while server.kept:
+                server.kept.pop()[1].close()
+
+    @contextlib.contextmanager
+    def without_files(self):
+        """We cannot open another connection to a server."""
+        ports = {fake.port for fake in self.fakes}
+        connect = http.client.HTTPConnection.connect
+
+        def fail(connection):
+            if connection.port in ports:
+                raise OSError(errno.EMFILE, "Too many open files")
+            connect(connection)
+
+        with mock.patch.object(http.client.HTTPConnection, "connect", fail):
+            yield
+
+    def test_our_own_lack_of_file_descriptors_is_no_outage(self):
+        self.fakes[0].put("room")
+        self.survey()
+        self.drop_kept()
+        with self.without_files():
+            for call, query in self.TELLING:
+                with self.subTest(call):
+                    self.assertEqual(self.get(call, query).messageKey, "serverUnavailable")
+                    self.assertEqual(self.states(), ["up"] * 3)
+        self.create_rooms(3, "new")
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 1, 1])
+
+    def test_nor_is_it_when_a_kept_connection_has_just_been_closed(self):
+        self.fakes[0].put("room")
+        self.survey()
+        with self.without_files():
+            self.fakes[0].faults["getMeetingInfo"] = sends(b"")
+            answer = self.get("getMeetingInfo", "meetingID=room")
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+        self.assertEqual(self.fakes[0].count("getMeetingInfo"), 1)
+        self.assertEqual(self.states(), ["up"] * 3)
+
+    @short
+    def test_silence_counts_only_if_nothing_was_answered_that_was_asked_later(self):
+        self.create("room")
+        owner, gate, arrived = self.fakes[0], threading.Event(), threading.Event()
+        owner.faults["end"] = held(gate, arrived)
+        slow = background(self.get, "end", "meetingID=room")
+        self.assertTrue(arrived.wait(5))
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual(slow.result(5).messageKey, "serverUnavailable")
+        self.assertEqual(self.states(), ["up"] * 3)
+        # nothing was asked later
+        self.assertEqual(self.get("end", "meetingID=room").messageKey, "serverUnavailable")
+        self.assertEqual(self.states(), ["down", "up", "up"])
+        gate.set()
+
+    @short
+    def test_one_slow_call_is_no_outage_but_it_is_told(self):
+        self.create("room")
+        self.fakes[0].faults["sendChatMessage"] = silent
+        answer = self.get("sendChatMessage", "meetingID=room&message=x")
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+        self.assertIn(f"{self.fakes[0].url} failed at sendChatMessage: no ", self.log.getvalue())
+        self.assertEqual(self.states(), ["up"] * 3)
+
+    # -- while a server is down, and when it comes back
 
     def test_a_browser_that_joins_gets_a_page_that_tries_again_and_a_program_xml(self):
         self.create("room")
@@ -4008,20 +4961,48 @@ class OutageTest(ClusterTest):
         self.assertEqual((answer.status, answer.headers["Retry-After"]), (503, "5"))
         self.assertEqual(answer.headers["Refresh"], "5")
         self.assertNotIn(b"://", answer.body)
-        german, english = b"<h1>Einen Moment bitte</h1>", b"<h1>One moment, please</h1>"
-        for languages, title in (
-            ("de-DE,de;q=0.9,en;q=0.8", german),
-            ("fr,de;q=0.5", german),
-            ("en-US,en;q=0.9,de;q=0.8", english),
-            ("sv", english),
-        ):
-            headers = {**BROWSER, "Accept-Language": languages}
-            self.assertIn(
-                title, self.get("join", "meetingID=room&fullName=X", headers=headers).body
-            )
-        self.assertEqual(
-            self.get("join", "meetingID=room&fullName=X").messageKey, "serverUnavailable"
-        )
+        for title in ("Einen Moment bitte", "One moment, please"):
+            self.assertIn(f"<h1>{title}</h1>".encode(), answer.body)
+        answer = self.get("join", "meetingID=room&fullName=X")
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+
+    def test_the_page_stays_until_the_server_is_back_or_something_newer_is_known(self):
+        self.create("room")
+        self.fakes[0].down()
+        self.survey()
+
+        def join():
+            return self.get("join", "meetingID=room&fullName=X", headers=BROWSER)
+
+        for _ in range(3):
+            self.clock.ahead += tinyscale.HOLD
+            self.survey()
+            self.assertEqual((join().status, join().headers["Refresh"]), (503, "5"))
+        # who was never there is told so by BBB
+        answer = self.get("join", "meetingID=other&fullName=X", headers=BROWSER)
+        self.assertEqual(answer.status, 302)
+        # it is back, with its meeting
+        self.fakes[0].up()
+        self.survey()
+        self.assertTrue(join().headers["Location"].startswith(self.fakes[0].url))
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD
+        self.assertEqual(join().status, 503)
+        # the teacher opens the room again
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertTrue(join().headers["Location"].startswith(self.fakes[1].url))
+
+    def test_the_page_ends_when_the_server_is_back_without_the_meeting(self):
+        self.create("room")
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD
+        self.fakes[0].meetings.clear()
+        self.fakes[0].up()
+        self.survey()
+        answer = self.get("join", "meetingID=room&fullName=X", headers=BROWSER)
+        self.assertEqual(answer.status, 302)
 
     def test_the_meetings_of_a_server_that_is_down_are_placed_anew_after_a_while(self):
         self.create("room")
@@ -4043,7 +5024,12 @@ class OutageTest(ClusterTest):
         self.assertIs(self.directory.find("room")[0], self.directory.servers[1])
         self.assertNotIn("'room' runs on", self.log.getvalue())
         self.survey()
-        self.assertIn("'room' runs on", self.log.getvalue())
+        warnings = re.findall("'room' runs on .*", self.log.getvalue())
+        self.assertEqual(len(warnings), 1)
+        for fake in (lost, self.fakes[1]):
+            self.assertIn(fake.url, warnings[0])
+        self.survey()
+        self.assertEqual(self.log.getvalue().count("'room' runs on"), 1)
 
     def test_a_failed_survey_forgets_no_meeting(self):
         self.create("room")
@@ -4056,13 +5042,6 @@ class OutageTest(ClusterTest):
         self.survey()
         self.assertEqual(self.directory.find("room")[1], "remembered")
 
-    def test_a_server_that_is_silent_to_a_probe_gets_no_new_meetings(self):
-        self.fakes[0].faults["*"] = silent
-        self.create_rooms(4)
-        self.assertEqual(self.counts("create"), [0, 2, 2])
-        self.assertTrue(until(lambda: self.states() == ["down", "up", "up"]))
-        self.assertIn("is down: no answer in 0", self.log.getvalue())
-
     def test_an_outage_that_goes_on_is_told_once_and_so_is_its_end(self):
         self.fakes[0].down()
         for _ in range(3):
@@ -4070,20 +5049,9 @@ class OutageTest(ClusterTest):
         self.fakes[0].up()
         for _ in range(3):
             self.survey()
-        for news, count in (("is down: ", 1), ("is up\n", 2)):  # as it was at the start
+        # it was up at the start, too
+        for news, count in (("is down: ", 1), ("is up\n", 2)):
             self.assertEqual(self.log.getvalue().count(f"{self.fakes[0].url} {news}"), count)
-
-    def test_one_slow_call_is_no_outage(self):
-        self.create("room")
-        owner, gate, arrived = self.having("room")[0], threading.Event(), threading.Event()
-        owner.faults["sendChatMessage"] = held(gate, arrived)
-        slow = background(self.get, "sendChatMessage", "meetingID=room&message=x")
-        arrived.wait(5)
-        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-        self.assertEqual(slow.result(5).messageKey, "serverUnavailable")
-        self.assertIn(f"{owner.url} failed at sendChatMessage: no answer in ", self.log.getvalue())
-        gate.set()
-        self.assertEqual(self.directory.servers[0].state, "up")
 
     def test_when_all_servers_are_down_each_call_says_so_until_they_are_back(self):
         self.create("room")
@@ -4091,27 +5059,24 @@ class OutageTest(ClusterTest):
             fake.down()
         self.survey()
         for call in (*CALLS_OF_BBB, "somethingElse"):
-            for query in ("meetingID=unknown", "recordID=unknown", "hookID=1"):
-                if call == "hooks/destroy" and query != "hookID=1":
-                    continue
-                answer = self.get(call, query)
-                self.assertEqual(answer.messageKey, "serverUnavailable", (call, query))
+            for query in ("meetingID=unknown&hookID=1", "recordID=unknown&hookID=1"):
+                with self.subTest(call, query=query):
+                    self.assertEqual(self.get(call, query).messageKey, "serverUnavailable")
         self.assertEqual(self.get("join", "meetingID=unknown", headers=BROWSER).status, 503)
         self.assertEqual(self.http("/health").status, 503)
         for fake in self.fakes:
             fake.up()
         self.survey()
-        self.assertEqual(
-            (self.http("/health").status, self.create("room").messageKey), (200, "duplicateWarning")
-        )
+        self.assertEqual(self.http("/health").status, 200)
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
 
     def test_a_survey_asked_before_a_failure_does_not_mark_the_server_up(self):
         gate, arrived = threading.Event(), threading.Event()
         self.fakes[0].put("room")
         self.survey()
         self.fakes[0].faults["getMeetings"] = held(gate, arrived)
-        survey = background(self.survey)
-        arrived.wait(5)
+        survey = background(tinyscale.survey, self.directory, self.directory.servers[0])
+        self.assertTrue(arrived.wait(5))
         self.fakes[0].faults["getMeetingInfo"] = status(503)
         self.get("getMeetingInfo", "meetingID=room")
         gate.set()
@@ -4120,63 +5085,248 @@ class OutageTest(ClusterTest):
         self.survey()
         self.assertEqual(self.directory.servers[0].state, "up")
 
-    def test_only_reads_use_kept_connections_and_only_they_are_repeated(self):
-        self.create("room")
-        (owner,) = self.having("room")
+    @contextlib.contextmanager
+    def watched(self, server):
+        """Survey a server as the program does."""
+        watch = background(tinyscale.watch, self.directory, server)
+        try:
+            yield
+        finally:
+            self.directory.use([], "turn")
+            server.wake.set()
+            watch.result(5)
+
+    def test_who_refuses_a_connection_is_asked_again_after_a_second_not_after_ten(self):
+        self.fakes[0].put("room")
         self.survey()
-        for connection in list(owner.sockets):
-            connection.shutdown(socket.SHUT_RDWR)  # closed while idle: the next read notices
-        for _ in range(5):
-            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-        self.assertEqual((owner.count("getMeetingInfo"), len(owner.sockets)), (5, 1))
-        for call in ("sendChatMessage", "end", "create"):
-            owner.faults[call] = sends(b"")  # it takes the call and hangs up
-            self.get("getMeetingInfo", "meetingID=room")  # leaves a connection
-            self.get(call, "meetingID=room")
-            self.assertEqual(owner.count(call), 1)
-            self.survey()
+        limits = {"SURVEY_INTERVAL": 600, "RETRY_INTERVAL": 600, "FIRST_RETRY": 0.01}
+        with mock.patch.multiple(tinyscale, **limits), self.watched(self.directory.servers[0]):
+            self.assertTrue(until(lambda: self.fakes[0].count("getMeetings")))
+            # it refuses one connection, and is well again
+            self.fakes[0].down()
+            answer = self.get("getMeetingInfo", "meetingID=room")
+            self.assertEqual(answer.messageKey, "serverUnavailable")
+            self.fakes[0].up()
+            self.assertTrue(until(lambda: self.states() == ["up"] * 3))
+        self.assertIn("is down: no connection", self.log.getvalue())
+
+    def test_a_server_that_stays_down_is_asked_again_and_again(self):
+        self.fakes[0].faults["getMeetings"] = status(502)
+        limits = {"SURVEY_INTERVAL": 600, "RETRY_INTERVAL": 0.01, "FIRST_RETRY": 0.01}
+        with mock.patch.multiple(tinyscale, **limits), self.watched(self.directory.servers[0]):
+            self.assertTrue(until(lambda: self.fakes[0].count("getMeetings") > 3))
+            self.assertEqual(self.states(), ["down", "up", "up"])
+            self.fakes[0].faults.clear()
+            self.assertTrue(until(lambda: self.states() == ["up"] * 3))
+
+    # -- at the start
+
+    def start_unknown(self):
+        with mock.patch.object(self, "survey"):
+            self.start()
+        self.assertEqual(self.states(), ["unknown"] * 3)
+
+    def survey_one(self, number):
+        with contextlib.suppress(tinyscale.Unavailable):
+            tinyscale.survey(self.directory, self.directory.servers[number])
+
+    def test_at_the_start_what_is_found_is_served_at_once_and_the_rest_when_all_are_known(self):
+        first, _, last = self.fakes
+        first.put("found")
+        last.put("hidden")
+        last.put("hidden too")
+        self.start_unknown()
+        # it cannot say yet whether it has a meeting
+        last.faults["*"] = status(500)
+        answer = self.get("getMeetingInfo", "meetingID=found")
+        self.assertEqual(answer.returncode, "SUCCESS")
+        location = self.get("join", "meetingID=found").headers["Location"]
+        self.assertTrue(location.startswith(first.url))
+        self.survey_one(0)
+        self.survey_one(1)
+        self.assertEqual(self.states(), ["up", "up", "unknown"])
+        # "nowhere", and a new place, wait for it
+        asked = last.count("getMeetingInfo")
+        poll = background(self.get, "getMeetingInfo", "meetingID=hidden")
+        create = background(self.create, "hidden too")
+        self.assertTrue(until(lambda: last.count("getMeetingInfo") > asked))
+        self.assertTrue(until(lambda: len(self.balancer.handlers) == 2))
+        last.faults.clear()
+        self.survey_one(2)
+        self.assertEqual(poll.result(5).returncode, "SUCCESS")
+        self.assertEqual(create.result(5).messageKey, "duplicateWarning")
+        self.assertEqual(self.having("hidden too"), [last])
+
+    @short
+    def test_at_the_start_nobody_waits_for_ever_for_a_server_that_does_not_become_known(self):
+        self.start_unknown()
+        self.addCleanup(self.directory.servers[2].is_known.set)
+        self.fakes[2].faults["*"] = status(500)
+        self.survey_one(0)
+        self.survey_one(1)
+        calls = [lambda number=number: self.create(f"room{number}") for number in range(4)]
+        calls.append(lambda: self.get("getMeetingInfo", "meetingID=nowhere"))
+        *creates, poll = self.together(calls)
+        self.assertEqual({answer.returncode for answer in creates}, {"SUCCESS"})
+        self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 2, 0])
+        self.assertEqual(poll.messageKey, "notFound")
+
+    @short
+    def test_a_server_that_answers_is_known_even_if_its_first_list_is_slow(self):
+        self.start_unknown()
+        gate, arrived = threading.Event(), threading.Event()
+        self.addCleanup(gate.set)
+        self.fakes[0].put("room")
+        self.fakes[0].faults["getMeetings"] = held(gate, arrived)
+        survey = background(self.survey_one, 0)
+        self.assertTrue(arrived.wait(5))
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        survey.result(5)
+        self.assertEqual(self.states()[0], "up")
+
+    # -- what probes and lists show
+
+    @short
+    def test_a_server_that_is_silent_to_a_probe_gets_no_new_meetings(self):
+        self.fakes[0].faults["*"] = silent
+        self.create_rooms(4)
+        self.assertEqual(self.fakes[0].count("create"), 0)
+        self.assertTrue(until(lambda: self.states() == ["down", "up", "up"]))
+        self.assertIn("is down: no answer in ", self.log.getvalue())
 
     def test_calls_for_other_servers_are_as_fast_as_ever_while_one_hangs(self):
         self.fakes[0].put("hung")
         self.fakes[1].put("healthy")
         self.survey()
         self.fakes[0].faults["*"] = silent
-        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=10):
-            waiting = [background(self.get, "getMeetingInfo", "meetingID=hung") for _ in range(40)]
-            self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo") == 40))
-            done = [self.get("getMeetingInfo", "meetingID=healthy").returncode for _ in range(20)]
-            self.assertEqual(
-                (done, any(call.done() for call in waiting)), (["SUCCESS"] * 20, False)
-            )
-            self.fakes[0].down()
-            self.assertEqual({call.result(5).messageKey for call in waiting}, {"serverUnavailable"})
+        waiting = [background(self.get, "getMeetingInfo", "meetingID=hung") for _ in range(40)]
+        self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo") == 40))
+        done = [self.get("getMeetingInfo", "meetingID=healthy").returncode for _ in range(20)]
+        self.assertEqual((done, any(call.done() for call in waiting)), (["SUCCESS"] * 20, False))
+        self.fakes[0].down()
+        self.assertEqual({call.result(5).messageKey for call in waiting}, {"serverUnavailable"})
+
+    def test_what_exceeds_the_bound_of_a_server_is_refused_at_once_and_harms_nobody_else(self):
+        with mock.patch.multiple(tinyscale, MAX_WAITING=3):
+            self.start()
+        self.fakes[0].put("busy")
+        self.fakes[1].put("calm")
+        self.survey()
+        gate = threading.Event()
+        self.fakes[0].faults["getMeetingInfo"] = held(gate)
+        waiting = [background(self.get, "getMeetingInfo", "meetingID=busy") for _ in range(3)]
+        self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo") == 3))
+        for call in ("getMeetingInfo", "end", "create", "sendChatMessage"):
+            answer = self.get(call, "meetingID=busy")
+            self.assertEqual((call, answer.messageKey), (call, "serverUnavailable"))
+        self.assertEqual(len(self.fakes[0].calls), 3)
+        # calls for others, new meetings, and surveys go on
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=calm").returncode, "SUCCESS")
+        self.create_rooms(2)
+        self.assertEqual(len(self.fakes[0].meetings), 1)
+        self.survey_one(0)
+        self.assertEqual((self.fakes[0].count("getMeetings"), self.states()), (1, ["up"] * 3))
+        self.assertFalse(any(call.done() for call in waiting))
+        gate.set()
+        self.assertEqual({call.result(5).returncode for call in waiting}, {"SUCCESS"})
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=busy").returncode, "SUCCESS")
+
+    @short
+    def test_no_call_waits_for_more_than_one_silent_server(self):
+        with mock.patch.multiple(tinyscale, ABSENCE_TTL=600):
+            # that it is nowhere is believed for a while
+            self.assertEqual(self.get("getMeetingInfo", "meetingID=later").messageKey, "notFound")
+            for fake in self.fakes:
+                fake.calls.clear()
+                fake.faults["*"] = silent
+            answer = self.get("getMeetingInfo", "meetingID=later")
+            self.assertEqual(answer.messageKey, "serverUnavailable")
+            self.assertEqual(self.counts("getMeetingInfo"), [1, 0, 0])
+        # others are asked at the same time, and once
+        answer = self.get("getMeetingInfo", "meetingID=other")
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+        self.assertEqual(self.counts("getMeetingInfo"), [1, 1, 1])
+
+    def test_what_came_in_time_counts_even_if_it_is_read_late(self):
+        for number, fake in enumerate(self.fakes):
+            fake.put(f"room{number}")
+        self.survey()
+
+        def pause(handler):
+            # as if our machine was paused while the answer came
+            self.clock.ahead += 100
+            return proper(handler)
+
+        with mock.patch.multiple(tinyscale, LATE=5):
+            for fake in self.fakes:
+                fake.faults["*"] = pause
+            self.assertEqual(len(self.get("getMeetings").xml.findall("meetings/meeting")), 3)
+            for number in range(3):
+                answer = self.get("getMeetingInfo", f"meetingID=room{number}")
+                self.assertEqual(answer.returncode, "SUCCESS")
+            self.assertEqual(self.create("room3").returncode, "SUCCESS")
+        self.assertEqual(self.states(), ["up"] * 3)
+
+    # BUG: after a pause in its middle only one more piece is read
+    def test_the_rest_of_an_answer_counts_even_if_we_paused_in_its_middle(self):
+        begun = threading.Event()
+        read_answer = tinyscale.read_answer
+
+        def note(*args):
+            begun.set()
+            return read_answer(*args)
+
+        def pause(handler):
+            handler.close_connection = True
+            _, _, body, _ = proper(handler)
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body[:9]}"
+            handler.wfile.write(head.encode())
+            begun.wait(10)
+            self.clock.ahead += 100
+            handler.wfile.write(body[9:].encode())
+
+        # in more than one piece
+        self.fakes[0].put("room").name = "x" * 500000
+        self.survey()
+        self.fakes[0].faults["getMeetingInfo"] = pause
+        with mock.patch.multiple(tinyscale, LATE=5, read_answer=note):
+            answer = self.get("getMeetingInfo", "meetingID=room")
+        self.assertEqual(answer.returncode, "SUCCESS")
+        self.assertEqual(self.states(), ["up"] * 3)
 
     def test_a_server_that_does_not_answer_a_probe_has_not_denied_the_meeting(self):
-        for fault, down in ((silent, False), (status(502), True), (status(500), False)):
-            with self.subTest(down):
+        for fault, is_outage in ((silent, True), (status(502), True), (status(500), False)):
+            with self.subTest(fault), short if fault is silent else contextlib.nullcontext():
                 self.start()
                 self.create("room")
                 (owner,) = self.having("room")
                 owner.faults["getMeetingInfo"] = fault
-                # nobody has joined yet, so this is asked once more
-                self.assertEqual(self.get("isMeetingRunning", "meetingID=room").running, "false")
-                answer = self.create("room").messageKey
-                self.assertEqual(answer, "serverUnavailable" if down else "duplicateWarning")
+                # nobody has joined yet, so its server is asked once more
+                self.get("isMeetingRunning", "meetingID=room")
+                server = self.directory.servers[self.fakes.index(owner)]
+                self.assertTrue(until(lambda: server.is_down == is_outage))
+                key = "serverUnavailable" if is_outage else "duplicateWarning"
+                self.assertEqual(self.create("room").messageKey, key)
                 self.assertEqual(self.having("room"), [owner])
-                owner.faults.clear()
-                owner.meetings.clear()
+            owner.faults.clear()
+            owner.meetings.clear()
 
-    def test_the_silence_of_a_cordoned_server_is_no_denial(self):
+    def test_a_cordoned_server_that_does_not_answer_a_probe_keeps_its_meeting(self):
         self.create("room")
         first, *others = self.entries()
         self.load([{**first, "cordoned": True}, *others])
+        self.survey()
         for fault in (status(500), silent, status(502)):
-            self.fakes[0].faults["getMeetingInfo"] = fault
-            self.assertEqual(self.create("room").messageKey, "serverUnavailable")
-            self.assertEqual(self.having("room"), [self.fakes[0]])
-            self.survey()
-        self.fakes[0].faults.clear()
-        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+            with self.subTest(fault), short if fault is silent else contextlib.nullcontext():
+                self.fakes[0].faults["getMeetingInfo"] = fault
+                # the create is not sent there either: it may have ended, and shall begin elsewhere
+                self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+                self.assertEqual(self.counts("create"), [0, 0, 0])
+                self.fakes[0].faults.clear()
+                self.survey()
+                self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+                self.assertEqual(self.having("room"), [self.fakes[0]])
+                self.fakes[0].calls.clear()
 
     def test_servers_that_fail_for_unknown_meetings_still_get_new_ones(self):
         for fake in self.fakes:
@@ -4185,169 +5335,153 @@ class OutageTest(ClusterTest):
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [1, 1, 1])
         self.assertEqual(self.http("/health").status, 200)
 
-    def test_an_answer_in_drops_has_a_deadline(self):
-        def drops(before, drop):
-            def fault(handler):
-                handler.close_connection = True
-                handler.wfile.write(before)
-                with contextlib.suppress(OSError):
-                    while not handler.bbb.released.wait(0.05):
-                        handler.wfile.write(drop)
-
-            return fault
-
-        head = b"HTTP/1.1 200 OK\r\n"
-        for before, drop in (
-            (head + b"Content-Length: 1000\r\n\r\n", b"x"),
-            (head + b"\r\n", b"x"),
-        ):
-            with self.subTest(drop):
-                self.fakes[0].put("room")
-                self.survey()
-                self.fakes[0].faults["getMeetingInfo"] = drops(before, drop)
-                client = background(self.get, "getMeetingInfo", "meetingID=room")
-                self.assertEqual(client.result(5).messageKey, "serverUnavailable")
-                self.fakes[0].up()
-                self.fakes[0].faults.clear()
-                self.survey()
-
-    def test_a_connection_with_more_to_come_is_not_kept(self):
-        for number in range(2):
-            self.fakes[0].put(f"room{number}")
-        self.survey()
-        hint = sends(b"HTTP/1.1 103 Early Hints\r\n\r\n", then_close=False)
-        self.fakes[0].faults["getMeetingInfo"] = lambda handler: hint(handler) or proper(handler)
-        self.assertEqual(
-            self.get("getMeetingInfo", "meetingID=room0").messageKey, "serverUnavailable"
-        )
-        self.fakes[0].faults.clear()
-        self.survey()
-        for number in (1, 0, 1):
-            self.assertEqual(
-                self.get("getMeetingInfo", f"meetingID=room{number}").meetingID, f"room{number}"
-            )
-
-    def test_a_message_of_a_server_cannot_forge_lines_of_the_log(self):
-        self.fakes[0].faults["getMeetings"] = lambda handler: failed("x\nforged line" + "y" * 500)
-        self.survey()
-        self.assertIn("is down: it answers getMeetings with 'x", self.log.getvalue())
-        self.assertNotIn("\nforged", self.log.getvalue())
-        self.assertNotIn("yyyy" * 50, self.log.getvalue())
-
-    def test_one_refused_call_is_no_outage(self):
-        self.create("room")
-        for fake in self.fakes:
-            fake.faults["getRecordings"], fake.refuses_bodies = status(414), True
-        answer = self.get("getRecordings", "recordID=" + "x" * 5000)
-        self.assertEqual(answer.messageKey, "serverUnavailable")
-        answer = self.get(
-            "insertDocument",
-            "meetingID=room",
-            method="POST",
-            body=b"<" + b"x" * 5 * 2**20,
-            headers={"Content-Type": "text/xml"},
-        )
-        self.assertEqual(answer.status, 413)
-        self.assertEqual(self.states(), ["up"] * 3)
-
-    def test_over_https_too_one_refused_body_is_no_outage_and_reads_share_a_connection(self):
-        path, self.fakes[0].tls = certified(os.path.dirname(self.path))
-        with mock.patch.object(tinyscale, "TRUST", ssl.create_default_context(cafile=path)):
-            self.write_servers()
-            self.start()
-        self.fakes[0].put("room")
-        self.survey()
-        before = set(self.fakes[0].sockets)
-        for _ in range(5):
-            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-        self.assertEqual(self.fakes[0].sockets, before)
-        self.fakes[0].refuses_bodies = True
-        for _ in range(5):
-            answer = self.get(
-                "insertDocument",
-                "meetingID=room",
-                method="POST",
-                body=b"<" + b"x" * 5 * 2**20,
-                headers={"Content-Type": "text/xml"},
-            )
-            self.assertEqual((answer.status, self.directory.servers[0].state), (413, "up"))
-
-    def test_a_call_that_changes_something_is_not_repeated_at_another_server_after_silence(self):
-        for fault in (silent, reset):
-            with self.subTest(fault):
-                self.fakes[0].faults["paintTheWalls"] = fault
-                self.assertEqual(self.get("paintTheWalls").messageKey, "serverUnavailable")
-                self.assertEqual(self.counts("paintTheWalls"), [1, 0, 0])
-                self.survey()
-        # what a server says to a call that we do not know is handed on
-        self.fakes[0].faults["paintTheWalls"] = status(502)
-        self.assertEqual(self.get("paintTheWalls").status, 502)
-        # it cannot have seen the call
-        self.fakes[0].down()
-        self.assertEqual(self.get("paintTheWalls").status, 404)
-        self.assertEqual(self.counts("paintTheWalls"), [1, 1, 0])
-
-    def test_a_body_that_bbb_refuses_as_a_wrong_checksum_takes_no_server_down(self):
-        for fake in self.fakes:
-            fake.faults["create"] = lambda handler: failed(
-                "checksumError"
-            )  # parameters in the URL and in the body
-        headers = {"Content-Type": "multipart/form-data; boundary=B"}
-        answer = self.create("room", method="POST", body=b"--B--", headers=headers)
-        self.assertEqual(answer.messageKey, "serverUnavailable")
-        self.assertEqual(self.states(), ["up"] * 3)
-
-    def test_a_create_that_is_answered_with_an_early_hint_is_not_tried_elsewhere(self):
-        hint = sends(b"HTTP/1.1 103 Early Hints\r\n\r\n")
-        self.fakes[0].faults["create"] = lambda handler: (hint(handler), proper(handler))[1]
-        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
-        self.assertEqual((self.counts("create"), self.having("room")), ([1, 0, 0], [self.fakes[0]]))
-
     def test_what_a_survey_finds_during_a_probe_counts(self):
         self.fakes[0].put("room")
         self.fakes[0].faults["*"] = status(502)
         self.start()
-        self.directory.turn = 1  # the next new meeting is for another server
+        # the next new meeting is for another server
+        self.directory.turn = 1
         gate, arrived = threading.Event(), threading.Event()
         self.fakes[1].faults["getMeetingInfo"] = held(gate, arrived)
-        with mock.patch.multiple(tinyscale, PROBE_TIMEOUT=5):
-            create = background(self.create, "room")
-            arrived.wait(5)
-            self.fakes[0].faults.clear()
-            self.survey()  # shows that it is up, and has the meeting
-            gate.set()
-            self.assertEqual(create.result(5).messageKey, "duplicateWarning")
+        create = background(self.create, "room")
+        self.assertTrue(arrived.wait(5))
+        self.fakes[0].faults.clear()
+        # it shows that the server is up, and has the meeting
+        self.survey()
+        gate.set()
+        self.assertEqual(create.result(5).messageKey, "duplicateWarning")
         self.assertEqual(self.having("room"), [self.fakes[0]])
 
+    @short
     def test_a_meeting_whose_server_is_slow_for_long_stays_there(self):
-        """It is up, but its surveys and probes take too long, so memory is stale."""
-        self.fakes[0].put("room")
-        self.survey()
-        self.fakes[0].faults["getMeetingInfo"] = silent
-        self.clock.ahead += tinyscale.MEETING_TTL + 1
-        probe = background(self.directory.find, "room")
-        self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo")))
-        self.directory.servers[0].call(tinyscale.ApiCall("hooks/list"), "test")
-        self.assertEqual(probe.result(5)[0], self.directory.servers[0])
-        self.assertEqual(self.directory.servers[0].state, "up")
-        self.create("room")
-        self.assertEqual(self.having("room"), [self.fakes[0]])
+        """It answers some calls, so it is up; but no survey, so memory is stale, and no probe."""
+        owner, server = self.fakes[0], self.directory.servers[0]
+        for state in ("up", "down"):
+            with self.subTest(state):
+                owner.put("room")
+                self.survey()
+                self.survey()
+                owner.faults["getMeetingInfo"] = silent
+                self.clock.ahead += tinyscale.MEETING_TTL + 1
+                asked = owner.count("getMeetingInfo")
+                probe = background(self.directory.find, "room")
+                self.assertTrue(until(lambda: owner.count("getMeetingInfo") > asked))
+                if state == "up":
+                    # it answers what was asked later
+                    server.call(tinyscale.ApiCall("hooks/list"), "test")
+                self.assertEqual(probe.result(5), (server, "remembered"))
+                self.assertTrue(until(lambda: server.is_down == (state == "down")))
+                self.create("room")
+                self.assertEqual(self.having("room"), [owner])
+                owner.faults.clear()
+                self.survey()
 
     def test_slow_lists_hold_up_neither_surveys_nor_new_meetings(self):
         gate = threading.Event()
         self.addCleanup(gate.set)
-        with mock.patch.multiple(tinyscale, ANSWER_TIMEOUT=3):
-            for fake in self.fakes:
-                fake.faults["getRecordings"] = held(gate)
-            lists = [background(self.get, "getRecordings") for _ in range(40)]
-            self.assertTrue(until(lambda: self.fakes[0].count("getRecordings") == 40))
-            self.assertEqual(
-                (self.create("room").returncode, self.http("/health").status), ("SUCCESS", 200)
-            )
+        for fake in self.fakes:
+            fake.faults["getRecordings"] = held(gate)
+        lists = [background(self.get, "getRecordings") for _ in range(40)]
+        self.assertTrue(until(lambda: self.fakes[0].count("getRecordings") == 40))
+        self.assertEqual(self.create("room").returncode, "SUCCESS")
+        self.assertEqual(self.http("/health").status, 200)
+        self.survey()
+        self.assertEqual(self.states(), ["up"] * 3)
+        gate.set()
+        self.assertEqual({answer.result(5).returncode for answer in lists}, {"SUCCESS"})
+
+    # -- connections to servers
+
+    def test_only_reads_use_kept_connections_and_only_they_are_repeated(self):
+        self.create("room")
+        (owner,) = self.having("room")
+        self.survey()
+        # closed while idle: the next read notices
+        for connection in list(owner.sockets):
+            connection.shutdown(socket.SHUT_RDWR)
+        for _ in range(5):
+            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        self.assertEqual((owner.count("getMeetingInfo"), len(owner.sockets)), (5, 1))
+        for call in ("sendChatMessage", "end", "create"):
+            # it takes the call and hangs up
+            owner.faults[call] = sends(b"")
+            # leaves a connection
+            self.get("getMeetingInfo", "meetingID=room")
+            self.get(call, "meetingID=room")
+            self.assertEqual(owner.count(call), 1)
             self.survey()
-            self.assertEqual(self.states(), ["up"] * 3)
-            gate.set()
-            self.assertEqual({answer.result(5).returncode for answer in lists}, {"SUCCESS"})
+
+    def test_a_create_with_both_passwords_rides_on_a_kept_connection(self):
+        self.create("room", PASSWORDS)
+        self.survey()
+        owner = self.fakes[0]
+        before = set(owner.sockets)
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "duplicateWarning")
+        self.assertEqual(owner.sockets, before)
+        slides = {"method": "POST", "body": b"<modules/>", "headers": {"Content-Type": "text/xml"}}
+        for extra, more in (("", {}), ("&attendeePW=ap", {}), (PASSWORDS, slides)):
+            with self.subTest(extra):
+                before = set(owner.sockets)
+                self.create("room", extra, **more)
+                self.assertEqual(len(owner.sockets - before), 1)
+
+    def test_such_a_create_is_repeated_at_its_server_if_the_connection_breaks(self):
+        hang_up = sends(b"")
+
+        def carried_out_once(handler):
+            handler.bbb.faults.clear()
+            return proper(handler) and hang_up(handler)
+
+        self.fakes[0].faults["create"] = carried_out_once
+        answer = self.create("room", PASSWORDS)
+        self.assertEqual((answer.returncode, answer.messageKey), ("SUCCESS", "duplicateWarning"))
+        self.assertEqual((self.counts("create"), self.having("room")), ([2, 0, 0], self.fakes[:1]))
+
+    def test_if_the_repeat_is_refused_the_first_may_have_been_carried_out(self):
+        hang_up, owner = sends(b""), self.fakes[0]
+
+        def carried_out(handler):
+            # as by a BBB that makes up a password
+            handler.bbb.faults["create"] = lambda handler: failed("idNotUnique")
+            return proper(handler) and hang_up(handler)
+
+        owner.faults["create"] = carried_out
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "serverUnavailable")
+        self.assertEqual((self.counts("create"), self.having("room")), ([2, 0, 0], [owner]))
+        owner.faults.clear()
+        # it may have it, and says neither yes nor no
+        owner.faults["getMeetingInfo"] = status(500)
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [owner])
+
+    def test_if_the_repeat_cannot_connect_the_first_may_have_been_carried_out(self):
+        def carried_out_then_down(handler):
+            proper(handler)
+            handler.bbb.down()
+
+        self.fakes[0].faults["create"] = carried_out_then_down
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "serverUnavailable")
+        self.assertEqual(self.create("room", PASSWORDS).messageKey, "serverUnavailable")
+        self.assertEqual((self.counts("create"), self.having("room")), ([1, 0, 0], self.fakes[:1]))
+
+    def test_a_kept_connection_that_can_be_read_is_discarded_unsent(self):
+        owner, server = self.fakes[0], self.directory.servers[0]
+        self.create("room", PASSWORDS)
+        for name, spoil in (
+            ("its end", lambda connection: connection.shutdown(socket.SHUT_RDWR)),
+            ("an answer", lambda connection: connection.sendall(b"HTTP/1.1 408 Late\r\n\r\n")),
+        ):
+            with self.subTest(name):
+                self.survey()
+                for connection in list(owner.sockets):
+                    spoil(connection)
+                kept = [connection.sock for _, connection in server.kept]
+                self.assertTrue(kept)
+                self.assertTrue(until(lambda: all(map(tinyscale.is_readable, kept))))
+                # had it been sent there, too, nobody could tell what this refusal means
+                answer = self.create("room", "&attendeePW=other&moderatorPW=mp")
+                self.assertEqual(answer.messageKey, "idNotUnique")
+                self.assertEqual(owner.count("create"), 1)
 
     def test_a_connection_is_kept_for_a_while_only(self):
         self.fakes[0].put("room")
@@ -4358,6 +5492,103 @@ class OutageTest(ClusterTest):
         self.clock.ahead += tinyscale.KEPT_FOR + 1
         self.survey()
         self.assertTrue(until(lambda: not self.fakes[0].sockets & before))
+
+    def test_a_connection_with_more_to_come_is_not_kept(self):
+        for number in range(2):
+            self.fakes[0].put(f"room{number}")
+        self.survey()
+        hint = sends(b"HTTP/1.1 103 Early Hints\r\n\r\n", then_close=False)
+        self.fakes[0].faults["getMeetingInfo"] = lambda handler: hint(handler) or proper(handler)
+        answer = self.get("getMeetingInfo", "meetingID=room0")
+        self.assertEqual(answer.messageKey, "serverUnavailable")
+        self.fakes[0].faults.clear()
+        self.survey()
+        for number in (1, 0, 1):
+            answer = self.get("getMeetingInfo", f"meetingID=room{number}")
+            self.assertEqual(answer.meetingID, f"room{number}")
+
+    def test_a_create_that_is_answered_with_an_early_hint_is_not_tried_elsewhere(self):
+        hint = sends(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        self.fakes[0].faults["create"] = lambda handler: (hint(handler), proper(handler))[1]
+        self.assertEqual(self.create("room").messageKey, "serverUnavailable")
+        self.assertEqual((self.counts("create"), self.having("room")), ([1, 0, 0], [self.fakes[0]]))
+
+    # BUG: only the body has one
+    def test_an_answer_in_drops_has_a_deadline(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        parts = {
+            "body": (head + b"Content-Length: 10000\r\n\r\n", b"x"),
+            "chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+            "field": (head + b"X: ", b"x"),
+            "status": (b"HTTP/1.1 1", b"0"),
+            "hundreds": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        }
+
+        def drops(handler):
+            before, drop = parts[re.search("meetingID=([a-z]+)", handler.path)[1]]
+            handler.close_connection = True
+            handler.wfile.write(before)
+            with contextlib.suppress(OSError):
+                while not handler.bbb.released.wait(0.02):
+                    handler.wfile.write(drop)
+
+        for name in parts:
+            self.fakes[0].put(name)
+        self.survey()
+        self.fakes[0].faults["getMeetingInfo"] = drops
+        with short:
+            calls = {
+                name: background(self.get, "getMeetingInfo", f"meetingID={name}") for name in parts
+            }
+            futures.wait(calls.values(), 3)
+            endless = [name for name, call in calls.items() if not call.done()]
+        self.fakes[0].down()
+        self.assertEqual(endless, [])
+        answers = {call.result(5).messageKey for call in calls.values()}
+        self.assertEqual((answers, self.states()[0]), ({"serverUnavailable"}, "down"))
+
+    def test_refused_bodies_over_http_and_https_are_no_outage_and_reads_share_a_connection(self):
+        path, tls = certified(os.path.dirname(self.path))
+        trust = ssl.create_default_context(cafile=path)
+        slides = {"method": "POST", "headers": {"Content-Type": "text/xml"}}
+        for self.fakes[0].tls in (None, tls):
+            with self.subTest(self.fakes[0].url):
+                with mock.patch.object(tinyscale, "TRUST", trust):
+                    self.start_again()
+                self.fakes[0].put("room")
+                self.survey()
+                before = set(self.fakes[0].sockets)
+                for _ in range(5):
+                    answer = self.get("getMeetingInfo", "meetingID=room")
+                    self.assertEqual(answer.returncode, "SUCCESS")
+                self.assertEqual(self.fakes[0].sockets, before)
+                self.fakes[0].refuses_bodies = True
+                for _ in range(5):
+                    body = b"<" + b"x" * 5 * 2**20
+                    answer = self.get("insertDocument", "meetingID=room", body=body, **slides)
+                    self.assertEqual((answer.status, self.states()), (413, ["up"] * 3))
+                self.fakes[0].refuses_bodies = False
+
+    def start_again(self):
+        self.write_servers()
+        self.start()
+
+    def test_a_call_that_changes_something_is_not_repeated_at_another_server_after_silence(self):
+        for fault in (sends(b""), reset):
+            with self.subTest(fault):
+                self.fakes[0].faults["paintTheWalls"] = fault
+                self.assertEqual(self.get("paintTheWalls").messageKey, "serverUnavailable")
+                self.assertEqual(self.counts("paintTheWalls"), [1, 0, 0])
+                self.survey()
+        # what a server says is passed on: old ones do not know every call
+        for code in (404, 502, 504):
+            self.fakes[0].faults["paintTheWalls"] = status(code)
+            self.assertEqual(self.get("paintTheWalls").status, code)
+        self.assertEqual(self.counts("paintTheWalls"), [3, 0, 0])
+        # it cannot have begun
+        self.fakes[0].down()
+        self.assertEqual(self.get("paintTheWalls").status, 404)
+        self.assertEqual(self.counts("paintTheWalls"), [3, 1, 0])
 
     def test_proxies_of_the_environment_are_ignored(self):
         with mock.patch.dict(os.environ, http_proxy="http://127.0.0.1:9", no_proxy=""):
@@ -7459,14 +8690,14 @@ class DocumentationTest(unittest.TestCase):
     def test_the_program_keeps_its_budgets(self):
         # each ceiling is one number here
         of_part_1 = {
-            "statements": 540,
-            "tokens": 4800,
+            "statements": 560,
+            "tokens": 4950,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }
         of_the_whole = {
-            "statements": 1850,
-            "tokens": 18200,
+            "statements": 1880,
+            "tokens": 18500,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }

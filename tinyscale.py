@@ -33,11 +33,13 @@ import collections
 import contextlib
 import email.utils
 import errno
+import functools
 import hashlib
 import hmac
 import html
 import http.client
 import http.server
+import io
 import json
 import logging
 import logging.handlers
@@ -367,7 +369,42 @@ class SignedRequest(urllib.request.Request):
     # a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
     connection = http.client.HTTPConnection("")
-    sock: socket.socket
+
+
+class Drops(io.RawIOBase):
+    """What a server sends, in however many drops, until a deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self.sock = sock
+        self.raw = sock.makefile("rb", 0)
+        self.deadline = deadline
+        self.is_late = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        now = time.monotonic()
+        if now > self.deadline and not self.is_late:
+            # our machine may have been paused: what lies ready is read all the same
+            self.is_late = True
+            self.deadline = now + LATE
+        self.sock.settimeout(max(0.001, self.deadline - now))
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class TimedResponse(http.client.HTTPResponse):
+    """An answer that must be whole, head and body, at a deadline."""
+
+    def __init__(self, deadline: float, sock: socket.socket, **options: Any) -> None:
+        super().__init__(sock, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(Drops(sock, deadline))
 
 
 class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -421,11 +458,10 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         Raises URLError if there is no connection. Else, if the server may have seen the request,
         socket.timeout for its silence, or another OSError, HTTPException or ValueError.
         """
-        deadline = time.monotonic() + timeout
         try:
             response = self.opener.open(request, timeout=timeout)
             with contextlib.closing(response):
-                body = read_answer(response, request.sock, deadline)
+                body = read_answer(response)
         except BaseException:
             request.connection.close()
             raise
@@ -483,12 +519,14 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     ) -> http.client.HTTPResponse:
         """Send the request and read the head of the answer."""
         request.connection = connection
-        request.sock = connection.sock
-        request.sock.settimeout(request.timeout)
+        connection.sock.settimeout(request.timeout)
         headers = {**request.headers, **request.unredirected_hdrs}
         # a server may refuse a body half way: its answer is there all the same
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             connection.request(request.get_method(), request.selector, request.data, headers)
+        deadline = time.monotonic() + (request.timeout or 0)
+        answers: Any = functools.partial(TimedResponse, deadline)
+        connection.response_class = answers
         return connection.getresponse()
 
 
@@ -500,18 +538,11 @@ def is_readable(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def read_answer(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
+def read_answer(response: http.client.HTTPResponse) -> bytes:
     """The whole body of an answer. Raises OSError or HTTPException, also if it is late."""
-    # our machine may have been paused: what lies ready is read all the same
-    deadline = max(deadline, time.monotonic() + LATE)
     length = response.length
     body = bytearray()
     while len(body) != length and not response.isclosed():
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            # it comes in drops
-            raise socket.timeout
-        sock.settimeout(seconds)
         body += response.read1(CHUNK)
         was_cut = response.isclosed() and length not in (None, len(body))
         if was_cut or len(body) > MAX_ANSWER:
@@ -1192,8 +1223,9 @@ class Claim:
 
 
 class Probe(NamedTuple):
-    """What came of asking servers for a meeting."""
+    """What came of asking servers for a meeting, at the time `asked`."""
 
+    asked: float
     # who has it
     found: Server | None
     # who answered in time, but did not say that it has it
@@ -1388,7 +1420,9 @@ class Directory:
             is_sure = is_creating or (self.is_fresh(meeting_id) and not is_cordoned)
             if probe is None and not (server and is_sure):
                 return None
-            if probe and is_cordoned and not is_creating and probe.found is not server:
+            known = self.meetings.get(meeting_id)
+            is_confirmed = bool(known and probe and known.asked >= probe.asked)
+            if is_cordoned and not is_creating and probe and not is_confirmed:
                 # what ended on a cordoned server begins elsewhere; but its silence is no denial
                 raise Unavailable(f"{server} (cordoned, and silent)")
             if server is None and parent is not None:
@@ -1546,11 +1580,11 @@ class Directory:
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
-                return Probe(server, others, False)
+                return Probe(asked, server, others, False)
             if info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
                 denials += 1
-        return Probe(None, others, 0 < denials == len(servers))
+        return Probe(asked, None, others, 0 < denials == len(servers))
 
     def wait_until_known(self) -> bool:
         """Wait until each server has answered or failed once. Return whether that took waiting."""
@@ -1579,14 +1613,14 @@ class Directory:
 
     def look_for(self, meeting_id: str) -> tuple[Server | None, str]:
         """As `find`, by asking the servers."""
-        for _ in range(2):
+        for is_last in (False, True):
             probe = self.probe(meeting_id)
             if probe.found:
                 return probe.found, "probed"
             with self.lock:
                 # told meanwhile by another one; or its server is silent, which is no denial
                 server, why = self.home(meeting_id)
-            if server is not None or not self.wait_until_known():
+            if server is not None or is_last or not self.wait_until_known():
                 break
             # a server that had not answered yet may have it: once more
         if server is None and not probe.others:
