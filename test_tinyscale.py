@@ -330,8 +330,8 @@ GOOD_ENTRY = {"host": "https://bbb1.example.org", "secret": "hush-hush"}
 # ---- helpers -------------------------------------------------------------------------------------
 
 # A throw-away key and certificate for localhost, only for these tests, valid until 2126. Made with:
-# openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj /CN=localhost \
-#     -addext subjectAltName=DNS:localhost,IP:127.0.0.1
+# openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -subj
+# /CN=localhost \     -addext subjectAltName=DNS:localhost,IP:127.0.0.1
 KEY = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg2wlwJDq1Q5CLOUm7
@@ -369,7 +369,10 @@ def until(condition, seconds=5.0):
 
 
 def certified(folder):
-    """Write the key and the certificate. Return the path of the PEM file, and the TLS of a server that has them."""
+    """Write the key and the certificate.
+
+    Return the path of the PEM file, and the TLS of a server that has them.
+    """
     path = os.path.join(folder, "tls.pem")
     with open(path, "w") as file:
         file.write(KEY + CERTIFICATE)
@@ -392,7 +395,7 @@ def background(job, *args):
     return future
 
 
-# ---- a fake BBB server -----------------------------------------------------------------------------------------------
+# ---- a fake BBB server ---------------------------------------------------------------------------
 
 FIXED = (
     "<createDate>Tue Nov 14 22:13:20 UTC 2023</createDate><voiceBridge>70000</voiceBridge>"
@@ -447,7 +450,9 @@ def failed(key, message="no"):
 
 
 class FakeBBB:
-    """A BBB server. `calls` has what it was asked, `faults` what it shall do instead of answering, by call or "*"."""
+    """A BBB server. `calls` has what it was asked, `faults` what it shall do instead of answering,
+    by call or "*".
+    """
 
     def __init__(self, name="bbb", secret="its-own-secret", tls=None):
         self.name, self.secret, self.tls = name, secret, tls
@@ -837,7 +842,9 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def call(self, call, query, body):
-        """What BBB's controllers do: first the checksum over the raw query, then the content type, then the call."""
+        """What BBB's controllers do: first the checksum over the raw query, then the content type,
+        then the call.
+        """
         if call.startswith("hooks/") and not self.bbb.has_hooks:
             return 502, "text/html", "<html>502 Bad Gateway</html>", {}
         given = dict(parse_qsl(query, keep_blank_values=True)).get("checksum", "")
@@ -882,7 +889,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         """Tests look at `calls`."""
 
 
-# What a fake can do instead of answering: each takes its handler, and returns an answer to send, if any.
+# What a fake can do instead of answering: each takes its handler, and returns an answer to send, if
+# any.
 
 
 def proper(handler):
@@ -933,7 +941,7 @@ def held(gate, arrived=None):
     return fault
 
 
-# ---- tinyscale in front of fakes -------------------------------------------------------------------------------------
+# ---- tinyscale in front of fakes -----------------------------------------------------------------
 
 
 class Clock:
@@ -4137,7 +4145,10 @@ PASSWORDS = "&attendeePW=ap&moderatorPW=mp"
 
 
 def late(gate, arrived):
-    """Find the answer out at once, and send it when the gate is open. Only the first call is late."""
+    """Find the answer out at once, and send it when the gate is open.
+
+    Only the first call is late.
+    """
 
     def fault(handler):
         handler.bbb.faults.clear()
@@ -7535,7 +7546,9 @@ def replace_file(path):
 
 
 class Log:
-    """The lines that a process writes, read as they come; shown, too, if a stream for that is given."""
+    """The lines that a process writes, read as they come; shown, too, if a stream for that is
+    given.
+    """
 
     def __init__(self, stream, shown=None):
         self.lines = []
@@ -7551,7 +7564,9 @@ class Log:
                     self.shown.write(line)
 
     def find(self, words, times=1):
-        """The match of the line that has these words (a pattern), once it is there; None if it never comes."""
+        """The match of the line that has these words (a pattern), once it is there; None if it
+        never comes.
+        """
         matches = []
 
         def found():
@@ -7664,7 +7679,9 @@ class ProcessCase(unittest.TestCase):
         return code, output.getvalue(), errors.getvalue()
 
     def begun(self, *arguments, stderr=None, **options):
-        """A tinyscale that begins, and its log; what it writes to the pipe `stderr`, if that is given."""
+        """A tinyscale that begins, and its log; what it writes to the pipe `stderr`, if that is
+        given.
+        """
         pipe = stderr or os.pipe()
         process = self.run_it(*arguments, stderr=pipe[1], **options)
         os.close(pipe[1])
@@ -7700,7 +7717,9 @@ def changed(code):
 
 
 class Sent:
-    """A call that was sent, on a connection that may not be accepted yet, and that nobody reads yet."""
+    """A call that was sent, on a connection that may not be accepted yet, and that nobody reads
+    yet.
+    """
 
     def __init__(self, test, port, call="", query=""):
         self.connection = socket.create_connection(("127.0.0.1", port), 20)
@@ -8024,7 +8043,10 @@ class StopTest(ProcessCase):
 
 
 class SystemdTest(ProcessCase):
-    """What systemd gives, and what it is told: notifications, a socket unit, the journal. Nothing of it elsewhere."""
+    """What systemd gives, and what it is told: notifications, a socket unit, the journal.
+
+    Nothing of it elsewhere.
+    """
 
     # puts a file in place 3, as systemd does
     LAUNCHER = (
@@ -8579,7 +8601,10 @@ def complexity(statements):
 
 
 class Budget:
-    """How much there is to read in some Python, whatever its layout. Docstrings and comments are free."""
+    """How much there is to read in some Python, whatever its layout.
+
+    Docstrings and comments are free.
+    """
 
     def __init__(self, source):
         tree = ast.parse(source)
@@ -8790,7 +8815,8 @@ class DocumentationTest(unittest.TestCase):
         ):
             with self.subTest(words):
                 self.assertLessEqual(self.program.count(words), 1)
-        # that one builds the checksum, this one compares it; and one of these is for the status password
+        # that one builds the checksum, this one compares it; and one of these is for the status
+        # password
         self.assertEqual(self.program.count("compare_digest("), 2)
         lines = self.program.splitlines()
         for node in ast.walk(self.tree):
@@ -8997,7 +9023,8 @@ class DocumentationTest(unittest.TestCase):
 def running(fakes, port, shown=None, **env):
     """tinyscale in a process of its own, in front of these fakes.
 
-    Yields the process, its port once it listens, None if it does not, and its secret. Its log is shown there.
+    Yields the process, its port once it listens, None if it does not, and its secret. Its log is
+    shown there.
     """
     secret = uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as folder:
@@ -9093,7 +9120,9 @@ ROOMS = 25
 
 
 def run_fakes():
-    """Some fakes, and nothing else, until the process is ended: they are to take no time from who measures."""
+    """Some fakes, and nothing else, until the process is ended: they are to take no time from who
+    measures.
+    """
     for number in range(FAKES):
         fake = FakeBBB(f"bbb{number}")
         for room in range(ROOMS):
@@ -9119,7 +9148,10 @@ def one_call(port, path):
 
 
 def measure(port, paths, seconds):
-    """Call these paths for some seconds, on new connections. Return calls a second, median and 95 % in milliseconds."""
+    """Call these paths for some seconds, on new connections.
+
+    Return calls a second, median and 95 % in milliseconds.
+    """
     lock = threading.Lock()
     started = time.perf_counter()
     times = []
@@ -9151,7 +9183,9 @@ def paths_of(call, query, secret):
 
 
 def bench(seconds=2.0):
-    """Print calls a second and latency of tinyscale, in front of four fakes, beside a bare ThreadingHTTPServer's."""
+    """Print calls a second and latency of tinyscale, in front of four fakes, beside a bare
+    ThreadingHTTPServer's.
+    """
     commands = (["-c", BARE], [os.path.abspath(__file__), "fakes"])
     processes = [
         subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE) for command in commands
