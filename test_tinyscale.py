@@ -4160,6 +4160,16 @@ def late(gate, arrived):
     return fault
 
 
+def slow_by(seconds):
+    """Answer so much later."""
+
+    def fault(handler):
+        handler.bbb.released.wait(seconds)
+        return proper(handler)
+
+    return fault
+
+
 class CreateTest(ClusterTest):
     def test_once_placed_creates_run_side_by_side(self):
         self.create("room")
@@ -4462,6 +4472,21 @@ class CreateTest(ClusterTest):
         self.assertEqual({create.result(5).returncode for create in creates}, {"SUCCESS"})
         self.create_rooms(3, "new")
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 1, 1])
+
+    def test_a_slow_server_gets_new_meetings_only_if_no_other_one_can(self):
+        # it takes longer than that for each question
+        with mock.patch.multiple(tinyscale, SLOW=0.2, PROBE_TIMEOUT=10, ANSWER_TIMEOUT=10):
+            for call in ("getMeetingInfo", "getMeetings"):
+                self.fakes[0].faults[call] = slow_by(0.3)
+            self.survey()
+            self.create_rooms(4)
+            self.assertEqual([len(fake.meetings) for fake in self.fakes], [0, 2, 2])
+            entries = self.entries()
+            for entry in entries[1:]:
+                entry["cordoned"] = True
+            self.load(entries)
+            self.assertEqual(self.create("last").returncode, "SUCCESS")
+            self.assertEqual(self.having("last"), [self.fakes[0]])
 
 
 class RacesTest(ClusterTest):
@@ -8949,6 +8974,7 @@ class DocumentationTest(unittest.TestCase):
             f"asks each server every {t.SURVEY_INTERVAL} seconds",
             f"again after {'a second' if t.FIRST_RETRY == 1 else t.FIRST_RETRY}, then every",
             f"then every {t.RETRY_INTERVAL} seconds",
+            f"takes more than {t.SLOW} s for an answer",
             f"refreshes itself every {t.SURVEY_INTERVAL} seconds",
             f"It takes {t.PROBE_TIMEOUT} s at most",
             f"who has not answered within {t.PROBE_TIMEOUT} s is left out",

@@ -357,6 +357,8 @@ class ApiCall:
 # 3.10.
 TRUST = ssl.create_default_context()
 TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
+# As before Python 3.13, which refuses the authorities that many schools made for themselves.
+TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
 PASSED_ON = ("Content-Type", "Location", "Set-Cookie")
 
@@ -996,6 +998,8 @@ YOUNG = 15 * 60
 EXPECTED = 10
 # How it was chosen where a new meeting goes, for the log.
 WHY = {"turn": "in turn", "load": "least load"}
+# A server that takes longer for an answer gets a new meeting only if no other one can.
+SLOW = 2
 # Threads that ask several servers at once.
 MAX_ASKING = 1000
 
@@ -1112,7 +1116,9 @@ class Server(Connections):
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.answered = max(self.answered, asked)
-        self.took = time.monotonic() - asked
+        if call.route.is_read and call.route.tells_health:
+            # not a list of recordings, for example, which takes its time
+            self.took = time.monotonic() - asked
         if self.state == "unknown":
             self.note_up(asked)
         return answer
@@ -1951,8 +1957,8 @@ def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tup
     directory.wait_until_known()
     probe = directory.probe(meeting_id)
     able = [server for server in probe.others if server.is_able and server not in tried]
-    # one in doubt is better than none: one bad room must not stop all new ones
-    able = [server for server in able if not server.doubts] or able
+    # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
+    able = [server for server in able if not server.doubts and server.took < SLOW] or able
     placed = directory.claim(meeting_id, probe, able, parent)
     if placed is None:
         raise Unavailable()
