@@ -19,9 +19,9 @@ Kept in memory, in one Directory, behind its lock: where each meeting was last s
 creates are on their way. The servers are asked every ten seconds, so a restart loses nothing but
 what a silent server alone knows.
 
-To audit, read Part I: it reads what strangers send, verifies, signs, talks to the servers, and
-escapes HTML. Begin with verify, then parse_head, Handler and Connections. Outside of it our secrets
-appear in read_secrets, read_entry and print_url alone; what servers send is read by parse.
+To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
+and Connections. Outside of Part I secrets are read by read_settings and what it calls, and used by
+print_url; join hands out a URL that was signed; what servers send is read by parse.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ log = logging.getLogger("tinyscale")
 
 # ---- limits: seconds, bytes, or how many ---------------------------------------------------------
 
-# To reach a server, its TLS handshake included.
+# To reach an address of a server, and again for its TLS handshake. DNS has no limit.
 CONNECT_TIMEOUT = 3
 # For the answer to a call.
 ANSWER_TIMEOUT = 10
@@ -98,7 +98,7 @@ KEPT_FOR = 30
 MAX_HEAD = 64 * 1024
 # What is read, or written, at a time.
 CHUNK = 64 * 1024
-# A body, slides for example; and all bodies that we hold at one time.
+# A body, slides for example; and all bodies at one time, each for a moment held twice.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
@@ -108,7 +108,7 @@ MAX_URL = 7500
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart.
+# By their length in hex, as BBB tells them apart: the caller chooses.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -143,7 +143,7 @@ class Settings:
     # "" for all addresses
     bind: str
     port: int
-    # one of WHY
+    # one of PLACEMENTS
     placement: str
     tls: ssl.SSLContext | None
     # "": /status and /metrics are not there
@@ -151,7 +151,7 @@ class Settings:
     systemd: Systemd
     # what is not right, but no reason to refuse
     warnings: Sequence[str]
-    # the files that were read, and what changes when they do
+    # the stamp of each file that was read: it changes when the file does
     stamps: dict[str, str]
 
     def may_see_pages(self, authorization: str) -> bool:
@@ -220,7 +220,8 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
-    A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query.
+    A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
+    knows a checksum of a call without parameters may send any form with it.
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
     refused = ApiError("checksumError", "Checksums do not match")
@@ -299,7 +300,7 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """A call failed, and the server MAY have carried it out: no other one may be asked to."""
+    """A call failed, and the server MAY have carried it out: do not send it to another."""
 
     def __init__(self, note: str = "no server is up") -> None:
         super().__init__(
@@ -309,7 +310,7 @@ class Unavailable(ApiError):
 
 
 class Unreachable(Unavailable):
-    """A call failed, and the server has NOT carried it out: another one may be asked to."""
+    """A call failed, and the server has NOT carried it out: another one may get it."""
 
 
 @dataclass
@@ -360,6 +361,7 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # As before Python 3.13, which refuses the authorities that many schools made for themselves.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
+# All else of a server's head is dropped.
 PASSED_ON = ("Content-Type", "Location", "Set-Cookie")
 
 
@@ -370,6 +372,7 @@ class SignedRequest(urllib.request.Request):
     may_repeat = False
     # a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
+    # a placeholder, which is never connected
     connection = http.client.HTTPConnection("")
 
 
@@ -417,6 +420,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """
 
     def __init__(self, entry: Entry) -> None:
+        # HTTPHandler has no __init__: this is HTTPSHandler's
         super().__init__(context=TRUST)
         # replaced as a whole when servers.json changes
         self.entry = entry
@@ -433,8 +437,9 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def url_for(self, call: str, query: str) -> str:
         """The URL of a call, signed with this server's secret."""
-        signed = sign(call, query, self.entry.secret, self.entry.checksum)
-        return f"{self}/bigbluebutton/api/{call}?{signed}"
+        entry = self.entry
+        signed = sign(call, query, entry.secret, entry.checksum)
+        return f"{entry.host}/bigbluebutton/api/{call}?{signed}"
 
     def sign_again(self, call: ApiCall) -> SignedRequest:
         """The call as a request to this server.
@@ -473,12 +478,13 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         else:
             connection.close()
         # a line break in a field would begin another one
-        fields = [
+        fields = tuple(
             (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
             for name in PASSED_ON
             for value in response.headers.get_all(name, [])
-        ]
-        return Answer(response.status, body, tuple(filter(all, fields)))
+            if value
+        )
+        return Answer(response.status, body, fields)
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> http.client.HTTPResponse:
         """What urllib calls to send a request.
@@ -554,16 +560,17 @@ def read_answer(response: http.client.HTTPResponse) -> bytes:
 
 # ---- HTTP: what strangers send -------------------------------------------------------------------
 
-# A line of the head: a token, a colon, and no control characters. A target has no fragment and is
-# ASCII.
+# The head of a request: the method, the target, which is ASCII without a fragment, and the fields,
+# each a token, a colon, and no NUL, CR or LF.
 REQUEST = re.compile(
     r"(?a)([A-Z]+) (?:https?://[\w.:\[\]-]+)?(/[!-\"$-~]*) HTTP/1[.][01]\r\n"
     r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n)*)\r\n"
 )
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
-# A guest knows the checksum of a join link: over "join" and its query, with nothing between. It is
-# right for joi?nmeetingID=... and joinm?eetingID=..., too. So no other call may begin with a j.
+# A checksum covers a name and a query with nothing between. So that of a guest's join link is right
+# for joi?nmeetingID=... and joinm?eetingID=..., too: no other call may begin with a j.
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
+BARE_LF = re.compile(rb"(?<!\r)\n")
 # A moment that never comes.
 NEVER = float("inf")
 # The first byte of a TLS handshake.
@@ -701,8 +708,8 @@ class Handler(socketserver.BaseRequestHandler):
             if buffer.startswith(TLS_HELLO):
                 raise ConnectionError(errno.EPROTO, "it speaks HTTPS to a port of plain HTTP")
             head, end, self.buffer = buffer.partition(b"\r\n\r\n")
-            # only what is new: who sends in drops must not cost us more
-            if re.search(rb"(?:^|[^\r])\n", head[-len(data) - 1 :]):
+            # without CR LF the end would never come; only what is new is searched
+            if BARE_LF.search(head, len(buffer) - len(data)):
                 raise ApiError("badRequest", "Lines of a request must end in CR LF", 400)
             if len(head) > MAX_HEAD:
                 raise ApiError("badRequest", "The head of the request is too large", 431)
@@ -780,7 +787,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
             )
-        # who knows a secret may be slow
+        # who knows a secret, or a URL that was signed with it, may be slow
         self.waiting_since = NEVER
         self.deadline = NEVER
         call.body = self.read_body(MAX_BODY)
@@ -884,7 +891,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         self.handlers: set[Handler] = set()
         self.threads = futures.ThreadPoolExecutor(limit)
         self.slots = threading.BoundedSemaphore(limit)
-        # of these two: connections, and bytes of bodies
+        # guards open, which counts connections, and bytes_reserved
         self.lock = threading.Lock()
         self.open = 0
         self.bytes_reserved = 0
@@ -902,7 +909,7 @@ class Balancer(http.server.ThreadingHTTPServer):
             self.close_slowest()
         with self.lock:
             self.open += 1
-        # no more threads to be had: those that are there will serve it
+        # it is in the queue before one more thread fails to begin: those that run will serve it
         with contextlib.suppress(RuntimeError):
             self.threads.submit(self.serve, request, client_address)
 
@@ -962,13 +969,13 @@ class Balancer(http.server.ThreadingHTTPServer):
 
 
 class Markup(str):
-    """HTML that element made."""
+    """HTML that is not escaped again: made by element, or the style of html_answer."""
 
 
 def element(tag: str, *children: object, **attributes: str) -> Markup:
     """An element of HTML.
 
-    All text in it is escaped, in children and attributes; only what element made is none.
+    All text in it is escaped, in children and attributes. A Markup child stays as it is.
     """
     parts = [tag]
     for name, value in attributes.items():
@@ -996,10 +1003,13 @@ HOLD = 30
 # EXPECTED people.
 YOUNG = 15 * 60
 EXPECTED = 10
-# How it was chosen where a new meeting goes, for the log.
-WHY = {"turn": "in turn", "load": "least load"}
+# The values of TINYSCALE_PLACEMENT, and what the log says of each.
+PLACEMENTS = {"turn": "in turn", "load": "least load"}
 # A server that takes longer for an answer gets a new meeting only if no other one can.
 SLOW = 2
+# Why a create goes to a server, for the log; and if it is one of these two, it may go to no other.
+REMEMBERED = "remembered"
+MAY_HAVE_IT = "may have it"
 # Threads that ask several servers at once.
 MAX_ASKING = 1000
 
@@ -1052,11 +1062,13 @@ class Server(Connections):
         self.version = ""
         # good surveys that it needs before it gets new meetings
         self.doubts = 0
-        # the meetings that its last survey found, and those that it found on another server, too:
-        # once, and again
+        # when its last survey was asked
         self.surveyed = 0.0
+        # the meetings that this survey found
         self.listed: dict[str, MeetingInfo] = {}
+        # those of them that another server lists, too
         self.doubles: set[str] = set()
+        # those that were doubles at the survey before, too
         self.twins: set[str] = set()
 
     @property
@@ -1090,7 +1102,7 @@ class Server(Connections):
             slots.release()
 
     def ask(self, call: ApiCall, timeout: float = 0) -> Answer:
-        """As `call`, but a survey is never one too many."""
+        """As `call`, but without its limit, so that a survey is always sent."""
         asked = time.monotonic()
         is_long = bool(call.body) or call.route.is_long
         seconds = timeout or (LONG_TIMEOUT if is_long else ANSWER_TIMEOUT)
@@ -1131,7 +1143,7 @@ class Server(Connections):
             answer.returncode == "FAILED"
             and b"<messageKey>checksumError</messageKey>" in answer.body
         ):
-            # so BBB says of parameters in a body, too
+            # BBB says so of parameters in a body, too: for `failed`, a body is no outage
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, Unreachable)
         if answer.returncode and not is_redirect:
@@ -1140,9 +1152,10 @@ class Server(Connections):
             return
         if status >= 200 and not is_redirect and not call.route.is_xml:
             return
-        # one bad meeting is no outage; nor is any answer to a client's own odd call
+        # one bad meeting is no outage
         is_outage = status < 200 or is_redirect or status in GONE
         if call.name == "getMeetings":
+            # our survey must be answered; but a client's own query may be what is wrong
             is_outage = not call.query
         may_have = status == 504 or not (is_redirect or status in GONE)
         error = Unavailable if may_have else Unreachable
@@ -1346,6 +1359,7 @@ class Directory:
         server.listed = listed
         server.surveyed = asked
         with self.lock:
+            # what is no longer believed
             old = [key for key, since in self.absent.items() if asked - since >= ABSENCE_TTL]
             for key in old:
                 del self.absent[key]
@@ -1392,10 +1406,10 @@ class Directory:
             del self.claims[meeting_id]
             claim = None
         if claim:
-            return claim.server, "may have it"
+            return claim.server, MAY_HAVE_IT
         known = self.meetings.get(meeting_id)
         if known and not self.is_lost(known.server):
-            return known.server, "remembered"
+            return known.server, REMEMBERED
         return None, "nowhere"
 
     def is_fresh(self, meeting_id: str) -> bool:
@@ -1423,12 +1437,14 @@ class Directory:
             claim = self.claims.get(meeting_id)
             is_creating = claim is not None and claim.sending > 0
             is_cordoned = server is not None and server.entry.cordoned
+            # nobody need be asked: a create is on its way there, or the news is fresh
             is_sure = is_creating or (self.is_fresh(meeting_id) and not is_cordoned)
             if probe is None and not (server and is_sure):
                 return None
+            # the meeting was seen since the probe began
             known = self.meetings.get(meeting_id)
             is_confirmed = bool(known and probe and known.asked >= probe.asked)
-            if is_cordoned and not is_creating and probe and not is_confirmed:
+            if is_cordoned and not is_creating and not is_confirmed:
                 # what ended on a cordoned server begins elsewhere; but its silence is no denial
                 raise Unavailable(f"{server} (cordoned, and silent)")
             if server is None and parent is not None:
@@ -1491,7 +1507,7 @@ class Directory:
             if server in able:
                 self.in_a_row = self.in_a_row + 1 if server is self.last else 1
                 self.last = server
-                return server, WHY[self.placement]
+                return server, PLACEMENTS[self.placement]
         raise Unavailable("no server can take a new meeting")
 
     def least_loaded(self, able: Collection[Server]) -> list[Server]:
@@ -1538,7 +1554,7 @@ class Directory:
 
         threads = self.long_threads if call.route.is_long else self.threads
         for server in servers:
-            # no more threads to be had: those that are there will do it
+            # it is in the queue before one more thread fails to begin: those that run will do it
             with contextlib.suppress(RuntimeError):
                 threads.submit(ask_one, server)
         for _ in servers:
@@ -1590,7 +1606,7 @@ class Directory:
             if info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
                 denials += 1
-        return Probe(asked, None, others, 0 < denials == len(servers))
+        return Probe(asked, None, others, bool(servers) and denials == len(servers))
 
     def wait_until_known(self) -> bool:
         """Wait until each server has answered or failed once. Return whether that took waiting."""
@@ -1608,7 +1624,7 @@ class Directory:
         with self.lock:
             server, why = self.home(meeting_id)
             is_sure = server is not None and (server.is_down or self.is_fresh(meeting_id))
-            is_absent = self.clock() - self.absent.get(meeting_id, -ABSENCE_TTL) < ABSENCE_TTL
+            is_absent = self.clock() - self.absent.get(meeting_id, -NEVER) < ABSENCE_TTL
         if server is None and is_absent:
             return None, "nowhere"
         if not is_sure:
@@ -1644,6 +1660,7 @@ def survey(directory: Directory, server: Server) -> None:
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = "" if root is None else root.findtext("messageKey")
+        # it did answer what we asked, so it counts from now
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     items = [] if root is None else root.findall("meetings/meeting")
@@ -1847,6 +1864,7 @@ def items_of(shape: ListShape, answer: Answer) -> list[Item] | None:
         return None
     items = []
     for element in root.iterfind(f"{shape.tag}/{shape.item}"):
+        # "?" is no name of an element, so it finds nothing
         identity = element.findtext(shape.identity or "?", "")
         if shape.item == "hook":
             put_our_id(element, identity)
@@ -1908,7 +1926,7 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             return create_on(directory, call, server, why, seconds)
         except Unreachable:
             tried.add(server)
-            is_bound = why in ("remembered", "may have it")
+            is_bound = why in (REMEMBERED, MAY_HAVE_IT)
             if is_bound or directory.clock() > deadline:
                 raise
 
@@ -1973,8 +1991,8 @@ def join(directory: Directory, call: ApiCall) -> Answer:
 
     A program may want the answer.
     """
+    # to BBB every word but "true" is false
     if call.params.get("redirect", "").lower() not in ("", "true"):
-        # BBB's parseBoolean
         return relay(directory, call)
     try:
         server, why = directory.find(call.meeting_id)
@@ -2049,8 +2067,8 @@ def ask_all(directory: Directory, call: ApiCall, seconds: float = 0) -> dict[Ser
     """
     servers = [server for server in directory.servers if not server.is_down]
     seconds = seconds or CONNECT_TIMEOUT + (LONG_TIMEOUT if call.route.is_long else ANSWER_TIMEOUT)
-    asked = directory.ask(servers, call, seconds)
-    answers = {server: answer for server, answer in asked if answer}
+    asking = directory.ask(servers, call, seconds)
+    answers = {server: answer for server, answer in asking if answer}
     call.note = f"{len(answers)} of {len(directory.servers)} servers"
     if not answers:
         raise Unavailable(call.note)
@@ -2058,7 +2076,7 @@ def ask_all(directory: Directory, call: ApiCall, seconds: float = 0) -> dict[Ser
 
 
 def first(answers: Collection[Answer], returncode: str = "SUCCESS") -> Answer:
-    """The first answer that says SUCCESS, else the first."""
+    """The first answer with this returncode, else the first of all."""
     for answer in answers:
         if answer.returncode == returncode:
             return answer
@@ -2326,7 +2344,7 @@ class Page(NamedTuple):
 
     write: Callable[[Balancer], Answer]
     # behind TINYSCALE_STATUS_PASSWORD
-    needs_password: bool = False
+    needs_password: bool = True
     # beside GET and HEAD
     methods: Sequence[str] = ()
 
@@ -2339,7 +2357,8 @@ class Totals:
         self.calls: dict[tuple[str, str], tuple[int, float]] = {}
 
     def add(self, call: ApiCall, outcome: str, seconds: float) -> None:
-        key = call.name if call.name in ROUTES else "other", outcome
+        name = call.name if call.name in ROUTES else "other"
+        key = (name, outcome)
         with self.lock:
             count, time_spent = self.calls.get(key, (0, 0.0))
             self.calls[key] = count + 1, time_spent + seconds
@@ -2380,14 +2399,12 @@ meter { display: block; width: 6rem }
 def html_answer(status: int, language: str, seconds: int, title: str, *body: object) -> Answer:
     """A page that is loaded again after so many seconds, and loads nothing else."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    head = element("meta", charset="utf-8") + element(
-        "meta", name="viewport", content="width=device-width"
-    )
+    charset = element("meta", charset="utf-8")
+    viewport = element("meta", name="viewport", content="width=device-width")
     # what is in <style> is not escaped by browsers, and is our own
     style = Markup(f"<style>{STYLE}</style>")
-    text = element(
-        "html", element("head", Markup(head), element("title", title), style), *body, lang=language
-    )
+    head = element("head", charset, viewport, element("title", title), style)
+    text = element("html", head, *body, lang=language)
     headers = (
         ("Content-Type", "text/html;charset=utf-8"),
         ("Refresh", str(seconds)),
@@ -2414,6 +2431,7 @@ def retry_page() -> Answer:
 
 
 def version_page(balancer: Balancer) -> Answer:
+    # of BBB's API, not ours
     return success("<version>2.0</version><apiVersion>2.0</apiVersion>")
 
 
@@ -2570,13 +2588,14 @@ def status(balancer: Balancer) -> Answer:
     return html_answer(200, "en", SURVEY_INTERVAL, title, element("body", *body))
 
 
+VERSION_PAGE = Page(version_page, needs_password=False, methods=["POST"])
 PAGES = {
-    "/bigbluebutton/": Page(version_page, methods=["POST"]),
-    "/bigbluebutton/api": Page(version_page, methods=["POST"]),
-    "/bigbluebutton/api/": Page(version_page, methods=["POST"]),
-    "/health": Page(health),
-    "/status": Page(status, needs_password=True),
-    "/metrics": Page(metrics, needs_password=True),
+    "/bigbluebutton/": VERSION_PAGE,
+    "/bigbluebutton/api": VERSION_PAGE,
+    "/bigbluebutton/api/": VERSION_PAGE,
+    "/health": Page(health, needs_password=False),
+    "/status": Page(status),
+    "/metrics": Page(metrics),
 }
 
 # ---- loading: the files and the environment ------------------------------------------------------
@@ -2697,6 +2716,7 @@ def read_entry(where: str, item: object) -> Entry:
     host = base_url(item.get("host"))
     if host:
         where = f"{where} ({host})"
+    # each name once, and first those that must be there
     for name in dict.fromkeys(["host", "secret", *item]):
         if name not in ENTRY_RULES:
             raise SettingsError(
@@ -2704,8 +2724,8 @@ def read_entry(where: str, item: object) -> Entry:
             )
         if name not in item:
             raise SettingsError(f'{where}: "{name}" is missing. It {ENTRY_RULES[name][1]}.')
-        is_right, rule = ENTRY_RULES[name]
-        if not is_right(item[name]):
+        test, rule = ENTRY_RULES[name]
+        if not test(item[name]):
             found = f", not {shown(item[name])}"
             if name == "secret" or (name == "host" and not re.search("[.:/]", found)):
                 # the two may have been swapped
@@ -2773,7 +2793,8 @@ def certificate_end(path: str) -> float:
         der = ssl.PEM_cert_to_DER_cert(
             pem[begin : pem.index("-----END CERTIFICATE-----", begin) + 25]
         )
-        # X.509 has two times in a row: from, and until; of the year two digits (UTCTime) or four
+        # Python's ssl decodes only the certificate of a peer. X.509 has two times in a row: from,
+        # and until; of the year two digits (UTCTime) or four
         match = re.search(rb"[\x17\x18].\d+Z[\x17\x18].(\d+)Z", der, re.DOTALL)
         text = match[1].decode() if match else ""
         year = "%y" if len(text) == 12 else "%Y"
@@ -2852,10 +2873,9 @@ def read_settings(environment: Mapping[str, str], needs_servers: bool = True) ->
     stamps = {path: stamp(path) for path in paths}
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
         raise SettingsError(f"PORT: {port!r:.50} is no port. It must be a number from 1 to 65535.")
-    if placement not in WHY:
-        raise SettingsError(
-            f"TINYSCALE_PLACEMENT: {placement!r:.50} is none. It must be one of {', '.join(WHY)}."
-        )
+    if placement not in PLACEMENTS:
+        known = ", ".join(PLACEMENTS)
+        raise SettingsError(f"TINYSCALE_PLACEMENT: {placement!r:.50} is none. Known are {known}.")
     if not password.isprintable():
         raise SettingsError("TINYSCALE_STATUS_PASSWORD: it cannot be printed. Write it in UTF-8.")
     if authorities and not os.path.isfile(authorities):
@@ -3114,6 +3134,7 @@ def examine(server: Server) -> str:
     with contextlib.suppress(Unavailable):
         survey(directory, server)
     digests = []
+    # the word is that of Server.judge
     if server.is_up or "checksum" in server.reason:
         digests = accepted_algorithms(server)
     if server.is_up:
@@ -3233,7 +3254,9 @@ signals:
   SIGHUP reads the files again, SIGTERM and SIGINT end in good order
 
 exit status:
-  0 stopped, 1 may pass by itself, 2 a mistake in the settings
+  0 stopped, or all is well
+  1 the port cannot be had; check: something must be mended
+  2 a mistake in the settings
 
 example:
   TINYSCALE_SECRET=... python3 tinyscale.py check --servers servers.json
@@ -3282,7 +3305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{level}tinyscale: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError:
-        # who reads what we print is gone
+        # mostly: who reads what we print is gone
         return 1
     except KeyboardInterrupt:
         return 130
