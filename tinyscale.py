@@ -80,6 +80,8 @@ LONG_TIMEOUT = 60
 # At least so long an answer is waited for, even if its time is over: our machine may have been
 # paused, and the answer lies ready.
 LATE = 0.5
+# So often, some 8 MB: more does not lie ready.
+MAX_LATE_READS = 1000
 # For a client's TLS handshake and the head of its request together.
 HEAD_TIMEOUT = 10
 # After that a client may be slow, but not silent for longer: nginx waits 60.
@@ -384,17 +386,20 @@ class Drops(io.RawIOBase):
         self.sock = sock
         self.raw = sock.makefile("rb", 0)
         self.deadline = deadline
-        self.is_late = False
+        self.late_reads = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Any:
         now = time.monotonic()
-        if now > self.deadline and not self.is_late:
-            # our machine may have been paused: what lies ready is read all the same
-            self.is_late = True
-            self.deadline = now + LATE
+        if now > self.deadline:
+            self.late_reads += 1
+            if self.late_reads == 1:
+                # our machine may have been paused: what lies ready is read all the same
+                self.deadline = now + LATE
+            if self.late_reads > MAX_LATE_READS:
+                raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, self.deadline - now))
         return self.raw.readinto(buffer)
 
@@ -475,6 +480,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         connection = request.connection
         if connection.sock is not None and response.status >= 200 and len(self.kept) < MAX_KEPT:
             self.kept.append((time.monotonic(), connection))
+            self.close_old()
         else:
             connection.close()
         # a line break in a field would begin another one
@@ -522,17 +528,23 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 return connection
             connection.close()
 
+    def close_old(self) -> None:
+        """Close the kept connections that nobody took for long: the newest are taken first."""
+        with contextlib.suppress(IndexError):
+            while time.monotonic() - self.kept[0][0] > KEPT_FOR:
+                self.kept.popleft()[1].close()
+
     def exchange(
         self, connection: http.client.HTTPConnection, request: SignedRequest
     ) -> http.client.HTTPResponse:
         """Send the request and read the head of the answer."""
         request.connection = connection
         connection.sock.settimeout(request.timeout)
+        deadline = time.monotonic() + (request.timeout or 0)
         headers = {**request.headers, **request.unredirected_hdrs}
         # a server may refuse a body half way: its answer is there all the same
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             connection.request(request.get_method(), request.selector, request.data, headers)
-        deadline = time.monotonic() + (request.timeout or 0)
         answers: Any = functools.partial(TimedResponse, deadline)
         connection.response_class = answers
         return connection.getresponse()
@@ -1697,10 +1709,10 @@ def watch(directory: Directory, server: Server) -> None:
 # In XML 1.0 there are none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A CDATA section that a name begins goes on behind the end of its element.
-TAG = re.compile(r"(<!\[CDATA\[(?:(?!</).)*?\]\]>|<[^<>]*>)", re.DOTALL)
+TAG = re.compile(r"(<!\[CDATA\[(?:(?!</|<!\[CDATA\[).)*?\]\]>|<[^<>]*>)", re.DOTALL)
 NAME = re.compile(r"(?a)[A-Za-z_]")
 # What would hide the end of an element was begun by such a name: a CDATA section, an instruction.
-HIDING = re.compile(r"<(?:!\[CDATA\[|\?)(?:(?!\]\]>|\?>).)*</", re.DOTALL)
+HIDING = re.compile(r"<(?:!\[CDATA\[|\?)(?:(?!\]\]>|\?>|<!\[CDATA\[|<\?).)*</", re.DOTALL)
 # The elements whose children have the names that people typed.
 CUSTOM = {"customdata", "metadata"}
 LOOSE_AND = re.compile("&(?!(?:amp|lt|gt|quot|apos|#3[2-9]|#[4-9][0-9]|#[1-9][0-9]{2,3});)")
@@ -1859,8 +1871,11 @@ class Item(NamedTuple):
 
 def items_of(shape: ListShape, answer: Answer) -> list[Item] | None:
     """The items of a server's list, written again; None if the answer is no list that could be."""
-    root, _ = parse(answer)
+    root, is_whole = parse(answer)
     if root is None or answer.returncode != "SUCCESS":
+        return None
+    if not is_whole and root.find(shape.tag) is None:
+        # it may be what had to be mended
         return None
     items = []
     for element in root.iterfind(f"{shape.tag}/{shape.item}"):
@@ -2872,7 +2887,7 @@ def read_settings(environment: Mapping[str, str], needs_servers: bool = True) ->
     paths = [servers_file, *filter(None, map(environment.get, names))]
     stamps = {path: stamp(path) for path in paths}
     if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise SettingsError(f"PORT: {port!r:.50} is no port. It must be a number from 1 to 65535.")
+        raise SettingsError(f"PORT: {port!r:.50} is no port. It must be a number up to 65535.")
     if placement not in PLACEMENTS:
         known = ", ".join(PLACEMENTS)
         raise SettingsError(f"TINYSCALE_PLACEMENT: {placement!r:.50} is none. Known are {known}.")
