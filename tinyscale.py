@@ -1263,6 +1263,8 @@ class Probe(NamedTuple):
     others: Collection[Server]
     # whether all of them said that they have not
     is_absent: bool
+    # who of them said so
+    denied: Collection[Server] = ()
 
 
 class Directory:
@@ -1456,6 +1458,11 @@ class Directory:
             # the meeting was seen since the probe began
             known = self.meetings.get(meeting_id)
             is_confirmed = bool(known and probe and known.asked >= probe.asked)
+            if probe and server and server in probe.denied and not is_creating and not is_confirmed:
+                # an answer that is older than this no came in behind it
+                self.forget(server, meeting_id, probe.asked)
+                server, why = self.home(meeting_id)
+                is_cordoned = server is not None and server.entry.cordoned
             if is_cordoned and not is_creating and not is_confirmed:
                 # what ended on a cordoned server begins elsewhere; but its silence is no denial
                 raise Unavailable(f"{server} (cordoned, and silent)")
@@ -1605,7 +1612,7 @@ class Directory:
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
         others = []
-        denials = 0
+        denied = []
         for server, answer in self.ask(servers, call, PROBE_TIMEOUT):
             others.append(server)
             if answer is None:
@@ -1617,8 +1624,9 @@ class Directory:
                 return Probe(asked, server, others, False)
             if info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
-                denials += 1
-        return Probe(asked, None, others, bool(servers) and denials == len(servers))
+                denied.append(server)
+        is_absent = bool(servers) and len(denied) == len(servers)
+        return Probe(asked, None, others, is_absent, denied)
 
     def wait_until_known(self) -> bool:
         """Wait until each server has answered or failed once. Return whether that took waiting."""
