@@ -7693,9 +7693,11 @@ class ProcessCase(unittest.TestCase):
     def write(self, name, text):
         """Write a file that only we may read; return its path."""
         path = os.path.join(self.folder, name)
-        with open(path, "w") as file:
+        with open(path + ".new", "w") as file:
             file.write(text)
-        os.chmod(path, 0o600)
+        os.chmod(path + ".new", 0o600)
+        # at once: nobody reads a half
+        os.replace(path + ".new", path)
         return path
 
     def write_servers(self, text=None):
