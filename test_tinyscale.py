@@ -4207,6 +4207,17 @@ def late(gate, arrived):
     return fault
 
 
+def breaks_off(gate, arrived):
+    """Take the call, and hang up when the gate is open."""
+
+    def fault(handler):
+        handler.close_connection = True
+        arrived.set()
+        gate.wait(10)
+
+    return fault
+
+
 def survey_one_by_one(directory):
     """A survey of all servers, the last one first."""
     for server in reversed(directory.servers):
@@ -4619,6 +4630,36 @@ class RacesTest(ClusterTest):
             self.assertEqual(self.create(f"room{number}").returncode, "SUCCESS")
             self.assertEqual(len(self.having(f"room{number}")), 1)
 
+    def test_of_two_creates_that_a_server_refuses_at_once_one_at_least_finds_another_place(self):
+        gate = threading.Event()
+        refused = status(502)
+        self.fakes[0].faults["create"] = lambda handler: gate.wait(10) and refused(handler)
+        creates = [background(self.create, "room") for _ in range(2)]
+        self.assertTrue(until(lambda: self.fakes[0].count("create") == 2))
+        gate.set()
+        self.assertIn("SUCCESS", [create.result(5).returncode for create in creates])
+        self.assertEqual(self.having("room"), [self.fakes[1]])
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+
+    def test_a_server_that_is_taken_out_and_put_back_while_a_create_is_on_its_way_keeps_its_claim(
+        self,
+    ):
+        owner, gate, arrived = self.fakes[0], threading.Event(), threading.Event()
+        hang_up = breaks_off(gate, arrived)
+        owner.faults["create"] = lambda handler: hang_up(handler) or (proper(handler) and None)
+        create = background(self.create, "room")
+        self.assertTrue(arrived.wait(5))
+        self.load(self.entries()[1:])
+        self.load()
+        self.survey()
+        owner.faults.clear()
+        gate.set()
+        self.assertEqual(create.result(5).messageKey, "serverUnavailable")
+        # it may have it, and says neither yes nor no
+        owner.faults["getMeetingInfo"] = status(500)
+        self.assertEqual(self.create("room").messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [owner])
+
     def test_a_late_yes_about_an_earlier_life_of_a_meeting_changes_nothing(self):
         # its clock goes ahead: createTime does not tell which life is the earlier one
         self.fakes[0].clock += 10**6
@@ -5025,20 +5066,19 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.fakes[0].count("getMeetingInfo"), 1)
         self.assertEqual(self.states(), ["up"] * 3)
 
-    def test_silence_counts_only_if_nothing_was_answered_that_was_asked_later(self):
+    def test_a_failure_counts_only_if_nothing_was_answered_that_was_asked_later(self):
         self.create("room")
         owner, gate, arrived = self.fakes[0], threading.Event(), threading.Event()
-        owner.faults["end"] = held(gate, arrived)
-        with short:
-            slow = background(self.get, "end", "meetingID=room")
-            self.assertTrue(arrived.wait(5))
-            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-            self.assertEqual(slow.result(5).messageKey, "serverUnavailable")
-            self.assertEqual(self.states(), ["up"] * 3)
-            # nothing was asked later
-            self.assertEqual(self.get("end", "meetingID=room").messageKey, "serverUnavailable")
-        self.assertEqual(self.states(), ["down", "up", "up"])
+        owner.faults["end"] = breaks_off(gate, arrived)
+        slow = background(self.get, "end", "meetingID=room")
+        self.assertTrue(arrived.wait(5))
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
         gate.set()
+        self.assertEqual(slow.result(5).messageKey, "serverUnavailable")
+        self.assertEqual(self.states(), ["up"] * 3)
+        # nothing was asked later
+        self.assertEqual(self.get("end", "meetingID=room").messageKey, "serverUnavailable")
+        self.assertEqual(self.states(), ["down", "up", "up"])
 
     def test_one_slow_call_is_no_outage_but_it_is_told(self):
         self.create("room")
@@ -5275,14 +5315,13 @@ class OutageTest(ClusterTest):
     def test_a_server_that_answers_is_known_even_if_its_first_list_is_slow(self):
         self.start_unknown()
         gate, arrived = threading.Event(), threading.Event()
-        self.addCleanup(gate.set)
         self.fakes[0].put("room")
-        self.fakes[0].faults["getMeetings"] = held(gate, arrived)
-        with short:
-            survey = background(self.survey_one, 0)
-            self.assertTrue(arrived.wait(5))
-            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
-            survey.result(5)
+        self.fakes[0].faults["getMeetings"] = breaks_off(gate, arrived)
+        survey = background(self.survey_one, 0)
+        self.assertTrue(arrived.wait(5))
+        self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+        gate.set()
+        survey.result(5)
         self.assertEqual(self.states()[0], "up")
 
     # -- what probes and lists show
@@ -5457,24 +5496,27 @@ class OutageTest(ClusterTest):
     def test_a_meeting_whose_server_is_slow_for_long_stays_there(self):
         """It answers some calls, so it is up; but no survey, so memory is stale, and no probe."""
         owner, server = self.fakes[0], self.directory.servers[0]
-        for state in ("up", "down"):
-            with self.subTest(state):
+        for is_down in (False, True):
+            with self.subTest(is_down=is_down):
                 owner.put("room")
                 self.survey()
                 self.survey()
-                owner.faults["getMeetingInfo"] = silent
+                gate, arrived = threading.Event(), threading.Event()
+                owner.faults["getMeetingInfo"] = breaks_off(gate, arrived)
                 self.clock.ahead += tinyscale.MEETING_TTL + 1
-                asked = owner.count("getMeetingInfo")
-                with short:
+                with mock.patch.multiple(tinyscale, PROBE_TIMEOUT=0.3):
                     probe = background(self.directory.find, "room")
-                    self.assertTrue(until(lambda: owner.count("getMeetingInfo") > asked))
-                    if state == "up":
-                        # it answers what was asked later
-                        server.call(tinyscale.ApiCall("hooks/list"), "test")
+                    self.assertTrue(arrived.wait(5))
                     self.assertEqual(probe.result(5), (server, "remembered"))
-                    self.assertTrue(until(lambda: server.is_down == (state == "down")))
-                    self.create("room")
-                self.assertEqual(self.having("room"), [owner])
+                if not is_down:
+                    # it answers what was asked later
+                    server.call(tinyscale.ApiCall("hooks/list"), "test")
+                gate.set()
+                self.assertTrue(until(lambda: server.is_down == is_down))
+                # it still cannot say whether it has the meeting
+                owner.faults["getMeetingInfo"] = status(500)
+                self.create("room")
+                self.assertEqual((self.having("room"), server.is_down), ([owner], is_down))
                 owner.faults.clear()
                 self.survey()
 

@@ -1019,9 +1019,6 @@ EXPECTED = 10
 PLACEMENTS = {"turn": "in turn", "load": "least load"}
 # A server that takes longer for an answer gets a new meeting only if no other one can.
 SLOW = 2
-# Why a create goes to a server, for the log; and if it is one of these two, it may go to no other.
-REMEMBERED = "remembered"
-MAY_HAVE_IT = "may have it"
 # Threads that ask several servers at once.
 MAX_ASKING = 1000
 
@@ -1313,7 +1310,10 @@ class Directory:
             for key, meeting in list(self.meetings.items()):
                 if meeting.server not in self.servers:
                     del self.meetings[key]
+            by_host = {str(server): server for server in servers}
             for key, claim in list(self.claims.items()):
+                # it may have been taken out, and put back
+                claim.server = by_host.get(str(claim.server), claim.server)
                 if claim.server not in self.servers and not claim.sending:
                     del self.claims[key]
             return [server for server in servers if str(server) not in known]
@@ -1420,10 +1420,10 @@ class Directory:
             del self.claims[meeting_id]
             claim = None
         if claim:
-            return claim.server, MAY_HAVE_IT
+            return claim.server, "may have it"
         known = self.meetings.get(meeting_id)
         if known and not self.is_lost(known.server):
-            return known.server, REMEMBERED
+            return known.server, "remembered"
         return None, "nowhere"
 
     def is_fresh(self, meeting_id: str) -> bool:
@@ -1949,7 +1949,9 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             return create_on(directory, call, server, why, seconds)
         except Unreachable:
             tried.add(server)
-            is_bound = why in (REMEMBERED, MAY_HAVE_IT)
+            with directory.lock:
+                # it is known there, or other creates of it are on their way there
+                is_bound = directory.home(call.meeting_id)[0] is server
             if is_bound or directory.clock() > deadline:
                 raise
 
