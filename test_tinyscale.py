@@ -8131,15 +8131,19 @@ class StopTest(ProcessCase):
                 return
         self.skipTest("needs the right to make a PID namespace")
 
-    def test_who_waits_to_be_accepted_at_a_stop_is_answered(self):
-        process, _, port = self.started()
+    def check_that_a_stop_answers(self, process, port, count):
+        """Send so many calls to a process that is frozen, and told to stop before it thaws."""
         process.send_signal(signal.SIGSTOP)
-        calls = [Sent(self, port) for _ in range(300)]
+        calls = [Sent(self, port) for _ in range(count)]
         process.terminate()
         process.send_signal(signal.SIGCONT)
         for call in calls:
             self.assertIn(b"<version>", call.answer())
         self.assertEqual(process.wait(20), 0)
+
+    def test_who_waits_to_be_accepted_at_a_stop_is_answered(self):
+        process, _, port = self.started()
+        self.check_that_a_stop_answers(process, port, 300)
 
     def test_who_was_accepted_just_before_a_stop_is_answered(self):
         late = (
@@ -8150,13 +8154,7 @@ class StopTest(ProcessCase):
             "tinyscale.Balancer.serve = late"
         )
         process, _, port = self.started(program=changed(late))
-        process.send_signal(signal.SIGSTOP)
-        calls = [Sent(self, port) for _ in range(5)]
-        process.terminate()
-        process.send_signal(signal.SIGCONT)
-        for call in calls:
-            self.assertIn(b"<version>", call.answer())
-        self.assertEqual(process.wait(20), 0)
+        self.check_that_a_stop_answers(process, port, 5)
 
     def test_who_takes_a_large_answer_slowly_gets_all_of_it(self):
         size = 8 * 2**20

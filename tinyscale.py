@@ -1431,6 +1431,25 @@ class Directory:
         known = self.meetings.get(meeting_id)
         return known is not None and self.clock() - known.asked < MEETING_TTL
 
+    def home_after(self, meeting_id: str, probe: Probe) -> tuple[Server | None, str]:
+        """As `home`, after a probe. The lock is held.
+
+        Raises Unavailable if that is a cordoned server which did not say that it has the meeting.
+        """
+        server, why = self.home(meeting_id)
+        known = self.meetings.get(meeting_id)
+        was_seen_since = known is not None and known.asked >= probe.asked
+        if server is None or was_seen_since:
+            return server, why
+        if server in probe.denied:
+            # an answer that is older than this no came in behind it
+            self.forget(server, meeting_id, probe.asked)
+            server, why = self.home(meeting_id)
+        if server is not None and server.entry.cordoned:
+            # what ended on a cordoned server begins elsewhere; but its silence is no denial
+            raise Unavailable(f"{server} (cordoned, and silent)")
+        return server, why
+
     def claim(
         self,
         meeting_id: str,
@@ -1450,22 +1469,12 @@ class Directory:
                 raise Unavailable(f"{server} (held)")
             claim = self.claims.get(meeting_id)
             is_creating = claim is not None and claim.sending > 0
-            is_cordoned = server is not None and server.entry.cordoned
-            # nobody need be asked: a create is on its way there, or the news is fresh
-            is_sure = is_creating or (self.is_fresh(meeting_id) and not is_cordoned)
-            if probe is None and not (server and is_sure):
-                return None
-            # the meeting was seen since the probe began
-            known = self.meetings.get(meeting_id)
-            is_confirmed = bool(known and probe and known.asked >= probe.asked)
-            if probe and server and server in probe.denied and not is_creating and not is_confirmed:
-                # an answer that is older than this no came in behind it
-                self.forget(server, meeting_id, probe.asked)
-                server, why = self.home(meeting_id)
-                is_cordoned = server is not None and server.entry.cordoned
-            if is_cordoned and not is_creating and not is_confirmed:
-                # what ended on a cordoned server begins elsewhere; but its silence is no denial
-                raise Unavailable(f"{server} (cordoned, and silent)")
+            if not is_creating and probe is None:
+                is_sure = server is not None and self.is_fresh(meeting_id)
+                if not is_sure or (server and server.entry.cordoned):
+                    return None
+            if not is_creating and probe is not None:
+                server, why = self.home_after(meeting_id, probe)
             if server is None and parent is not None:
                 server, why = parent, "parent's"
             elif server is None:
@@ -1591,13 +1600,12 @@ class Directory:
             running = self.probes.setdefault(meeting_id, mine)
         if running is not mine:
             return running.result()
-        asked = self.clock()
         try:
             servers = [server for server in self.servers if not server.is_down]
             probe = self.ask_for(meeting_id, servers)
             if probe.is_absent:
                 with self.lock:
-                    self.absent[meeting_id] = asked
+                    self.absent[meeting_id] = probe.asked
             mine.set_result(probe)
         except BaseException as error:
             mine.set_exception(error)
