@@ -376,6 +376,7 @@ def certified(folder):
     path = os.path.join(folder, "tls.pem")
     with open(path, "w") as file:
         file.write(KEY + CERTIFICATE)
+    os.chmod(path, 0o600)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(path)
     return path, tls
@@ -1009,7 +1010,7 @@ class ClusterTest(unittest.TestCase):
         tinyscale.log.propagate = False
         self.addCleanup(tinyscale.log.removeHandler, handler)
         self.clock = Clock()
-        limits = {"LINGER": 0.2, **dict(self.limits)}
+        limits = {"HEAD_TIMEOUT": 10, **dict(self.limits)}
         for patch in (
             mock.patch.multiple(tinyscale, **limits),
             mock.patch.object(tinyscale, "time", self.clock),
@@ -1096,12 +1097,13 @@ class ClusterTest(unittest.TestCase):
 
     def close_kept(self):
         """A process that ends takes its threads and connections with it; this one goes on."""
+        # first who may still bring connections back
+        self.balancer.threads.shutdown()
         for directory in self.directories:
             directory.threads.shutdown()
         for server in set(self.servers_had):
             while server.kept:
                 server.kept.pop()[1].close()
-        self.balancer.threads.shutdown()
 
     def survey(self):
         """A survey of all servers, after which the fakes have been asked nothing."""
@@ -1275,7 +1277,6 @@ class HttpTest(ClusterTest):
             head = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\n"
             answer = self.talk(f"{head}Content-Length: {length}\r\n\r\n".encode())
             self.assertTrue(answer.startswith(b"HTTP/1.1 413 "), answer)
-        self.assertEqual(self.balancer.bytes_reserved, 0)
 
     def test_a_line_that_ends_without_cr_is_refused_at_once(self):
         """Not only when the head is whole: who ends lines so never sends the end of it."""
@@ -1466,7 +1467,7 @@ class HttpTest(ClusterTest):
 
     def read_in_pieces(self, pieces):
         """The head that a handler reads if these pieces come."""
-        handler = tinyscale.Handler.__new__(tinyscale.Handler)
+        handler = tinyscale.Handler(self.balancer, None, "")
         handler.receive = iter(pieces).__next__
         return handler.read_head()
 
@@ -1480,7 +1481,7 @@ class HttpTest(ClusterTest):
         for head in (b"GET / HTTP/1.1\nHost: x\r\n\r\n", b"\nGET / HTTP/1.1\r\n\r\n"):
             for cut in range(1, len(head)):
                 with self.assertRaises(tinyscale.ApiError):
-                    self.read_in_pieces([head[:cut], head[cut:]])
+                    tinyscale.parse_head(self.read_in_pieces([head[:cut], head[cut:]]))
 
     def test_a_call_whose_caller_has_gone_is_in_the_log_all_the_same(self):
         gate, arrived = threading.Event(), threading.Event()
@@ -1507,10 +1508,9 @@ class HttpTest(ClusterTest):
             )
             connection.shutdown(socket.SHUT_WR)
             self.assertEqual(connection.recv(100), b"")
-        self.assertTrue(until(lambda: "127.0.0.1 broke off: half a body" in self.log.getvalue()))
+        self.assertTrue(until(lambda: "127.0.0.1 broke off: it hung up" in self.log.getvalue()))
         self.assertEqual(self.fakes[0].calls, [])
         self.assertTrue(until(lambda: not self.balancer.handlers))
-        self.assertEqual(self.balancer.bytes_reserved, 0)
 
     def test_clients_that_break_off_leave_one_line_and_no_traceback(self):
         head = "Content-Type: text/xml\r\nContent-Length: 100\r\n\r\n"
@@ -1633,11 +1633,11 @@ class HttpTest(ClusterTest):
     def ask_for_much(self, size, silence):
         """A connection over which so many bytes will come, and which may pause for so long."""
         arrived, gate = threading.Event(), threading.Event()
-        setup = tinyscale.Handler.setup
+        serve = tinyscale.Handler.serve
 
-        def setup_with_a_small_buffer(handler):
+        def serve_with_a_small_buffer(handler):
             handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            setup(handler)
+            serve(handler)
 
         def answer(handler):
             arrived.set()
@@ -1645,7 +1645,7 @@ class HttpTest(ClusterTest):
             return 200, "text/plain", b"x" * size, {}
 
         self.fakes[0].faults["newCall"] = answer
-        small = mock.patch.object(tinyscale.Handler, "setup", setup_with_a_small_buffer)
+        small = mock.patch.object(tinyscale.Handler, "serve", serve_with_a_small_buffer)
         short = mock.patch.object(tinyscale, "SILENCE_TIMEOUT", silence)
         small.start()
         self.addCleanup(small.stop)
@@ -1701,7 +1701,7 @@ class HttpTest(ClusterTest):
                     received += piece
                 return received[:13]
 
-        with mock.patch.object(tinyscale, "LINGER", 10):
+        with mock.patch.object(tinyscale, "HEAD_TIMEOUT", 10):
             for head, answer in (
                 (xml + b"Transfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 411 "),
                 (form + large, b"HTTP/1.1 413 "),
@@ -2067,15 +2067,15 @@ class FuzzTest(ClusterTest):
                 root, is_whole = tinyscale.parse(answer)
                 told = tinyscale.info_by(answer)
                 items = tinyscale.items_of(shape, answer) or []
-                written = tinyscale.write_list(shape, tinyscale.merge([items, items]))
+                written = tinyscale.write_list(shape, tinyscale.merge(shape, [items, items]))
                 # what we write of it is read by a parser that forgives nothing
                 again = ET.fromstring(written.body)
             except Exception as error:
                 # the message must have the bytes that led to it
                 self.fail(f"{error!r} of {data!r}")
-            readable += root is not None
+            readable += bool(len(root))
             listed += bool(items)
-            self.assertTrue(root is not None or not (is_whole or told or items), data)
+            self.assertTrue(len(root) or not (is_whole or told or items), data)
             self.assertTrue(told is None or (told.meeting_id and told.participants >= 0), data)
             self.assertEqual(again.findtext("returncode"), "SUCCESS", data)
             self.assertLessEqual(len(again.find(shape.tag)), 2 * len(items), data)
@@ -2151,7 +2151,6 @@ class FuzzTest(ClusterTest):
                 self.clear_log()
         self.assertGreater(answered, REQUESTS / 2)
         self.assertTrue(until(lambda: not self.balancer.handlers))
-        self.assertEqual(self.balancer.bytes_reserved, 0)
         for fake in self.fakes:
             fake.faults.clear()
         self.survey()
@@ -2406,7 +2405,7 @@ class BodiesTest(ClusterTest):
                 )
                 with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
                     connection.sendall(f"{head}Content-Length: 2000000\r\n\r\n<x>".encode())
-                self.assertTrue(until(lambda: "half a body" in self.log.getvalue()))
+                self.assertTrue(until(lambda: "it hung up" in self.log.getvalue()))
                 self.clear_log()
             self.assertEqual(upload(4, 2 * 10**6).returncode, "SUCCESS")
         self.assertEqual(self.having("half0"), [])
@@ -3060,11 +3059,9 @@ class CrowdTest(ClusterTest):
         )
         self.survey()
         self.assertTrue(until(lambda: not self.balancer.handlers))
-        self.clock.ahead += 2
+        self.clock.ahead += tinyscale.MEETING_TTL
         self.survey()
-        self.assertEqual((self.directory.claims, self.directory.probes), ({}, {}))
-        self.assertEqual(self.directory.absent, {})
-        self.assertEqual(self.balancer.bytes_reserved, 0)
+        self.assertEqual((self.directory.probes, self.directory.denials), ({}, {}))
         internal_id = self.fakes[0].meetings["room"].internal_id
         self.assertEqual(set(self.directory.meetings), {"room", internal_id})
 
@@ -3214,9 +3211,9 @@ class RoutingTest(ClusterTest):
                 (self.create("soon").messageKey, self.having("soon")),
                 ("duplicateWarning", [self.fakes[1]]),
             )
-        self.clock.ahead += 1
+        self.clock.ahead += tinyscale.MEETING_TTL
         self.survey()
-        self.assertEqual((self.directory.probes, self.directory.absent), ({}, {}))
+        self.assertEqual((self.directory.probes, self.directory.denials), ({}, {}))
 
     def test_ids_are_compared_whole(self):
         meeting = self.fakes[1].put("10")
@@ -3692,9 +3689,8 @@ class PlayedDirectory(tinyscale.Directory):
         return self.heard.pop(meeting_id)
 
     def wait_until_known(self):
-        if not all(server.is_known.is_set() for server in self.servers):
+        if any(server.state == "unknown" for server in self.servers):
             raise Waiting
-        return False
 
 
 def remember_without_age(self, server, info, asked):
@@ -3714,11 +3710,10 @@ def release_when_silent(self, meeting_id, may_have, info=None):
 
 
 def home_without_claims(self, meeting_id):
-    claims, self.claims = self.claims, {}
-    try:
-        return tinyscale.Directory.home(self, meeting_id)
-    finally:
-        self.claims = claims
+    known = self.meetings.get(meeting_id)
+    if known and known.asked == -tinyscale.NEVER:
+        return None, "nowhere"
+    return tinyscale.Directory.home(self, meeting_id)
 
 
 def claim_where_silence_is_a_no(self, meeting_id, *args):
@@ -3727,7 +3722,6 @@ def claim_where_silence_is_a_no(self, meeting_id, *args):
     except tinyscale.Unavailable as error:
         if "cordoned" not in error.note:
             raise
-        self.claims.pop(meeting_id, None)
         self.meetings.pop(meeting_id, None)
         return tinyscale.Directory.claim(self, meeting_id, *args)
 
@@ -4018,11 +4012,10 @@ class Play:
             self.rounds[meeting_id].append(box)
             return (yield box, 100)
         boxes = self.rounds[meeting_id] = []
-        asked = self.now
         servers = [server for server in self.directory.servers if not server.is_down]
         probe = yield from self.ask_for(meeting_id, servers, 3)
-        if probe.is_absent:
-            self.directory.absent[meeting_id] = asked
+        if servers and len(probe.denied) == len(servers):
+            self.directory.denials[None, meeting_id] = probe.asked
         del self.rounds[meeting_id]
         for box in boxes:
             self.put(box, probe)
@@ -4030,7 +4023,8 @@ class Play:
 
     def ask_for(self, meeting_id, servers, seconds):
         """Directory.ask_for, answer by answer."""
-        asked, box, silent_ones, denials = self.now, Box(), list(servers), 0
+        asked, box, silent_ones = self.now, Box(), list(servers)
+        denied, failed = [], []
         for server in servers:
             self.send(server, meeting_id, box)
         while silent_ones:
@@ -4040,19 +4034,20 @@ class Play:
             server, answer = letter
             silent_ones.remove(server)
             if not self.judge(server, answer, asked):
+                failed.append(server)
                 continue
             if answer != self.FAILED:
                 self.directory.remember(server, answer, asked)
                 self.know(server, answer, asked)
-                return tinyscale.Probe(asked=asked, found=server, others=[], is_absent=False)
-            self.directory.forget(server, meeting_id, asked)
-            denials += 1
+            else:
+                self.directory.forget(server, meeting_id, asked)
+                denied.append(server)
+            if self.directory.was_seen(meeting_id, asked):
+                break
         for server in silent_ones:
             # the probe is over, but not the call
             self.at(max(self.now, asked + 10), server.note_down, "silent", asked)
-        others = [server for server in servers if server not in silent_ones]
-        is_absent = 0 < denials == len(servers)
-        return tinyscale.Probe(asked=asked, found=None, others=others, is_absent=is_absent)
+        return tinyscale.Probe(asked, denied, failed)
 
     def played(self, job, meeting_id, *args):
         """What a function of the program returns. It begins again after each wait."""
@@ -4170,6 +4165,21 @@ class EvidenceTest(unittest.TestCase):
     def test_no_order_of_answers_makes_a_twin_or_forgets_a_meeting(self):
         for seed in self.SEEDS:
             self.play(seed)
+
+    def test_a_claim_outlives_a_yes_that_was_asked_before_we_gave_up(self):
+        now = 100.0
+        directory = tinyscale.Directory(lambda: now)
+        entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
+        one, two = directory.use(entries, "turn")
+        probe = tinyscale.Probe(now, [one, two])
+        directory.claim("room", (), probe, [one], None)
+        now = 160.0
+        directory.release("room", may_have=True)
+        directory.remember(one, tinyscale.MeetingInfo("room", created=1), 158.0)
+        directory.forget(one, "room", 159.0)
+        self.assertEqual(directory.home("room"), (one, "may have it"))
+        directory.forget(one, "room", 161.0)
+        self.assertEqual(directory.home("room"), (None, "nowhere"))
 
     def test_the_play_notices_when_a_rule_is_broken(self):
         for rule, methods in BROKEN.items():
@@ -4388,7 +4398,7 @@ class CreateTest(ClusterTest):
                 # it says that it has no such meeting, and had no success with a create
                 self.assertEqual(self.create(room).returncode, "SUCCESS")
                 self.assertEqual(self.having(room), [self.fakes[1]])
-                self.assertEqual(self.directory.claims, {})
+                self.assertFalse(self.directory.meetings[room].is_claim)
 
     def test_a_create_that_was_carried_out_without_an_answer_is_found_by_the_next(self):
         hang_up = sends(b"")
@@ -4451,7 +4461,7 @@ class CreateTest(ClusterTest):
             fake.down()
         for _ in range(3):
             self.assertEqual(self.create("room").messageKey, "serverUnavailable")
-        self.assertEqual(self.directory.claims, {})
+        self.assertEqual(self.directory.meetings, {})
         self.fakes[1].up()
         self.survey()
         self.assertEqual(self.create("room").returncode, "SUCCESS")
@@ -4499,6 +4509,13 @@ class CreateTest(ClusterTest):
                 self.assertEqual(len(self.fakes[0].meetings), 1)
                 for fake in self.fakes:
                     fake.meetings.clear()
+
+    def test_a_server_that_cuts_its_answer_to_a_create_is_in_doubt_too(self):
+        cut = "<response><returncode>SUCCESS</returncode><meetingID>ro"
+        self.fakes[0].faults["create"] = status(200, cut, "text/xml")
+        self.assertEqual(self.create("lost").returncode, "FAILED")
+        self.create_rooms(4)
+        self.assertEqual(self.counts("create"), [1, 2, 2])
 
     def test_a_survey_that_was_asked_before_a_create_failed_is_no_good_survey(self):
         gate, arrived = threading.Event(), threading.Event()
@@ -5131,6 +5148,28 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.create("room").returncode, "SUCCESS")
         self.assertTrue(join().headers["Location"].startswith(self.fakes[1].url))
 
+    def test_a_create_that_fails_does_not_lose_who_waits_for_a_server_that_is_down(self):
+        self.create("room")
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD
+        for fault in (lambda handler: failed("maxConcurrent"), status(502)):
+            for fake in self.fakes[1:]:
+                fake.faults["create"] = fault
+            self.assertEqual(self.create("room").returncode, "FAILED")
+            self.survey()
+            answer = self.get("join", "meetingID=room&fullName=X", headers=BROWSER)
+            self.assertEqual(answer.status, 503)
+
+    def test_a_server_that_is_down_and_taken_out_keeps_nobody_waiting(self):
+        self.create("room")
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD
+        self.load(self.entries()[1:])
+        answer = self.get("join", "meetingID=room&fullName=X", headers=BROWSER)
+        self.assertEqual((answer.status, self.directory.meetings), (302, {}))
+
     def test_the_page_ends_when_the_server_is_back_without_the_meeting(self):
         self.create("room")
         self.fakes[0].down()
@@ -5295,9 +5334,28 @@ class OutageTest(ClusterTest):
         self.assertEqual(create.result(5).messageKey, "duplicateWarning")
         self.assertEqual(self.having("hidden too"), [last])
 
+    def test_at_the_start_the_first_list_of_a_server_is_waited_for_even_if_it_answers_before(self):
+        self.fakes[1].put("room")
+        self.start_unknown()
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[1].faults["getMeetings"] = late(gate, arrived)
+        self.survey_one(0)
+        self.survey_one(2)
+        survey = background(self.survey_one, 1)
+        self.assertTrue(arrived.wait(5))
+        # its answer to our question comes too late, but shows that it is up
+        self.fakes[1].faults["getMeetingInfo"] = slow_by(0.4)
+        with mock.patch.multiple(tinyscale, PROBE_TIMEOUT=0.2, LATE=0.05):
+            poll = background(self.get, "isMeetingRunning", "meetingID=room")
+            self.assertTrue(until(lambda: self.states()[1] == "up"))
+            self.assertFalse(poll.done())
+            gate.set()
+            survey.result(5)
+            self.assertEqual(poll.result(5).returncode, "SUCCESS")
+        self.assertEqual(self.fakes[1].count("isMeetingRunning"), 1)
+
     def test_at_the_start_nobody_waits_for_ever_for_a_server_that_does_not_become_known(self):
         self.start_unknown()
-        self.addCleanup(self.directory.servers[2].is_known.set)
         self.fakes[2].faults["*"] = status(500)
         self.survey_one(0)
         self.survey_one(1)
@@ -5394,20 +5452,28 @@ class OutageTest(ClusterTest):
             fake.put(f"room{number}")
         self.survey()
 
+        once = threading.Lock()
+
         def pause(handler):
-            # as if our machine was paused while the answer came
-            self.clock.ahead += 100
+            # as if our machine was paused while the answers came
+            if once.acquire(blocking=False):
+                self.clock.ahead += 100
             return proper(handler)
 
+        jobs = [lambda: self.get("getMeetings"), lambda: self.create("room3")]
+        for number in range(3):
+            jobs.append(
+                lambda number=number: self.get("isMeetingRunning", f"meetingID=room{number}")
+            )
         with mock.patch.multiple(tinyscale, LATE=5):
             for fake in self.fakes:
                 fake.faults["*"] = pause
-            self.assertEqual(len(self.get("getMeetings").xml.findall("meetings/meeting")), 3)
-            for number in range(3):
-                answer = self.get("getMeetingInfo", f"meetingID=room{number}")
-                self.assertEqual(answer.returncode, "SUCCESS")
-            self.assertEqual(self.create("room3").returncode, "SUCCESS")
-        self.assertEqual(self.states(), ["up"] * 3)
+            for job in jobs:
+                before = self.clock.ahead
+                self.assertEqual(job().returncode, "SUCCESS")
+                self.assertEqual(self.clock.ahead, before + 100)
+                self.assertEqual(self.states(), ["up"] * 3)
+                once.release()
 
     def test_the_rest_of_an_answer_counts_even_if_we_paused_in_its_middle(self):
         begun = threading.Event()
@@ -5659,9 +5725,13 @@ class OutageTest(ClusterTest):
 
     def test_an_answer_in_drops_has_a_deadline(self):
         head = b"HTTP/1.1 200 OK\r\n"
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
         parts = {
             "body": (head + b"Content-Length: 10000\r\n\r\n", b"x"),
-            "chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+            "rest": (head + b"Connection: close\r\n\r\n", b"x"),
+            "chunks": (chunked, b"1\r\nx\r\n"),
+            "size": (chunked, b"0"),
+            "trailer": (chunked + b"0\r\n", b"X: y\r\n"),
             "field": (head + b"X: ", b"x"),
             "status": (b"HTTP/1.1 1", b"0"),
             "hundreds": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
@@ -5870,7 +5940,15 @@ class ListsTest(ClusterTest):
         for number in range(600):
             text = f"{SUCCESS}<sessions>{session * (number % 9)}</sessions></response>"
             lists.append(tinyscale.items_of(shape, tinyscale.Answer(200, text.encode())))
-        self.assertEqual(len(tinyscale.merge(lists)), sum(map(len, lists)))
+        self.assertEqual(len(tinyscale.merge(shape, lists)), sum(map(len, lists)))
+
+    def test_a_section_with_a_comment_in_it_is_text_and_the_list_is_whole(self):
+        for text in ("<!--[if gte mso 9]>", "<!-- c -->", "<!DOCTYPE html>", "a <b> & c"):
+            with self.subTest(text):
+                item = f"<meeting><meetingID>x</meetingID><name><![CDATA[{text}]]></name></meeting>"
+                body = f"{SUCCESS}<meetings>{item}</meetings></response>".encode()
+                root, is_whole = tinyscale.parse(tinyscale.Answer(200, body))
+                self.assertEqual((root.findtext("meetings/meeting/name"), is_whole), (text, True))
 
     def test_items_keep_their_elements_when_they_are_written_again(self):
         names = [
@@ -5941,7 +6019,6 @@ class ListsTest(ClusterTest):
             items = "".join(item.format(number, text) for number, text in enumerate(data))
             text = f"{SUCCESS}<meetings>{items}</meetings></response>"
             root, _ = tinyscale.parse(tinyscale.Answer(200, text.encode()))
-            self.assertIsNotNone(root, names)
             ids = [element.findtext("meetingID") for element in root.iterfind("meetings/meeting")]
             self.assertEqual(ids, list("01234"), names)
 
@@ -6051,6 +6128,7 @@ class ListsTest(ClusterTest):
             fake.faults["*"] = lambda handler: failed("apiNotEnabled")
         for call in ("getMeetings", "getSessions", "getRecordings", "deleteRecordings"):
             self.assertEqual(self.get(call, "recordID=x").messageKey, "apiNotEnabled", call)
+        self.assertEqual(self.log.getvalue().count(" servers failed 200 "), 4)
 
     def test_entity_bombs_and_endless_answers_are_refused(self):
         entities = "".join(
@@ -6204,9 +6282,6 @@ class RecordingsTest(ClusterTest):
         self.assertTrue(asked.startswith("Limit=1&xlimit=1&limits=1&checksum="), asked)
 
     def test_a_list_that_lacks_a_server_is_no_success(self):
-        deep = (
-            "<recording><recordID>deep</recordID>" + "<a>" * 2000 + "</a>" * 2000 + "</recording>"
-        )
         queries = (
             "",
             "limit=1",
@@ -6223,7 +6298,6 @@ class RecordingsTest(ClusterTest):
             status(200, "<response><rec", "text/xml"),
             status(200, f"{SUCCESS}<recordings>", "text/xml"),
             lambda handler: failed("apiNotEnabled"),
-            lambda handler: success(f"<recordings>{deep}</recordings>"),
         ]
         for number, fault in enumerate(faults):
             self.fakes[1].faults["getRecordings"] = fault
@@ -6236,6 +6310,14 @@ class RecordingsTest(ClusterTest):
             self.assertEqual((answer.returncode, answer.messageKey), ("SUCCESS", None))
             self.assertEqual(self.states(), ["up"] * 3)
             self.fakes[1].faults.clear()
+        self.assertNotIn("report", self.log.getvalue())
+
+    def test_a_recording_that_is_nested_very_deep_is_listed_all_the_same(self):
+        deep = f"<recording><recordID>deep</recordID>{'<a>' * 2000}{'</a>' * 2000}</recording>"
+        self.fakes[1].faults["getRecordings"] = lambda handler: success(
+            f"<recordings>{deep}</recordings>"
+        )
+        self.assertEqual(self.listed(), [self.ids[2], self.ids[0], "deep"])
         self.assertNotIn("report", self.log.getvalue())
 
     def test_a_silent_server_gives_no_list(self):
@@ -6274,9 +6356,10 @@ class RecordingsTest(ClusterTest):
     def test_a_server_that_lists_recordings_only_in_pages_is_not_taken_for_an_empty_one(self):
         self.fakes[1].refuses_all_recordings = True
         self.assertEqual(self.get("getRecordings", "limit=10").messageKey, "serverUnavailable")
+        self.assertEqual(self.get("getRecordings").messageKey, "serverUnavailable")
         self.fakes[0].refuses_all_recordings = self.fakes[2].refuses_all_recordings = True
         self.assertEqual(self.get("getRecordings", "limit=10").messageKey, "serverUnavailable")
-        self.assertEqual(self.get("getRecordings").messageKey, "noRecordings")
+        self.assertEqual(self.get("getRecordings").messageKey, "serverUnavailable")
         self.assertEqual(self.listed("meetingID=lecture1"), self.ids[1:2])
 
     def test_changes_reach_the_servers_that_have_the_recordings(self):
@@ -6337,6 +6420,9 @@ class RecordingsTest(ClusterTest):
                     query = f"recordID={first},{third}{extra}"
                     self.assertEqual(self.get(call, query).messageKey, "serverUnavailable")
                     self.assertEqual(self.counts(call), [1, 0, 1])
+                    owners = f"{self.fakes[0].url} and {self.fakes[2].url} (owner)"
+                    self.assertIn(f"{owners} serverUnavailable", self.log.getvalue())
+                    self.clear_log()
                     self.assertEqual(self.fakes[0].recordings[first]["state"], "published")
                     self.assertEqual(self.fakes[2].recordings[third]["state"], state)
                     # it is no outage, and a repeat finishes it
@@ -6563,7 +6649,9 @@ class HooksTest(ClusterTest):
             for fake in self.fakes:
                 fake.faults["hooks/create"] = fake.faults["hooks/list"] = status(code)
             self.assertEqual(self.create_hook().messageKey, "serverUnavailable")
-            self.assertEqual(self.get("hooks/list").messageKey, "serverUnavailable")
+            # a server without webhooks has said that it has none
+            expected = None if code == 404 else "serverUnavailable"
+            self.assertEqual(self.get("hooks/list").messageKey, expected)
         self.assertEqual(self.states(), ["up"] * 3)
 
     def test_silent_webhooks_hide_no_hook_of_the_others(self):
@@ -6746,7 +6834,7 @@ class WatchingTest(ClusterTest):
         self.assertIn("2 of 4 servers up · 11 people in 4 rooms", page.texts)
         facts = f"tinyscale {tinyscale.__version__}, running for 2 min · surveyed 2 min ago"
         self.assertIn(facts, page.texts)
-        self.assertIn("The settings on disk are good.", page.texts)
+        self.assertIn("The settings on disk are good. ", page.texts)
         heads, *rows = page.rows
         self.assertEqual(
             heads, ["Server", "State", "Rooms", "People", "Answers in", "BBB", "Certificate"]
@@ -6835,21 +6923,21 @@ class WatchingTest(ClusterTest):
         self.assertRegex(row[1], "^down for [0-9]+ s: it answers getMeetings with 'internalError'$")
 
     def test_what_writes_html_escapes_whatever_it_is_given(self):
-        element = tinyscale.element
+        fill = tinyscale.fill
         for text in ("<b>", "a & b", "\"quoted'", "</p><script>", "&lt;", "<!--", "]]>", "\x00<"):
             for written in (
-                element("p", text),
-                element("p", title=text),
-                element("p", element("b", text), text, title=text),
+                fill("<p>{text}</p>", text=text),
+                fill('<p title="{text}"></p>', text=text),
+                fill('<p title="{text}">{b}{text}</p>', text=text, b=fill("<b>{x}</b>", x=text)),
             ):
                 page = Page(written)
                 self.assertLessEqual(page.tags, {"p", "b"})
                 found = "".join(page.texts) + "".join(value for _, value in page.attributes)
                 self.assertEqual(found.replace(text, ""), "")
-        self.assertEqual(element("p", 5, None, element("b", "x")), "<p>5None<b>x</b></p>")
-        self.assertEqual(element("td", "x", class_="down"), '<td class="down">x</td>')
-        # a text that was put together from elements is a text again
-        self.assertEqual(element("p", element("b") + "<i>"), "<p>&lt;b&gt;&lt;/b&gt;&lt;i&gt;</p>")
+        bold = fill("<b>{x}</b>", x="{x}")
+        self.assertEqual(fill("<p>{a}{b}{c}</p>", a=5, b=None, c=bold), "<p>5None<b>{x}</b></p>")
+        # a text that was put together from what was written is a text again
+        self.assertEqual(fill("<p>{x}</p>", x=bold + "<i>")[:12], "<p>&lt;b&gt;")
 
     def test_broken_settings_are_shown_until_they_are_mended(self):
         entries = self.entries()
@@ -6860,17 +6948,17 @@ class WatchingTest(ClusterTest):
             page = self.status_page()
             (line,) = [text for text in page.texts if "settings on disk" in text]
             self.assertIn(
-                f'broken: {self.path}: entry 2 ({self.fakes[1].url}): "weight" must', line
+                f'broken. {self.path}: entry 2 ({self.fakes[1].url}): "weight" must', line
             )
             self.assertIn('not "<b>heavy</b>"', line)
             self.assertNotIn("b", page.tags)
-            self.assertIn(("class", "bad"), page.attributes)
+            self.assertIn(("class", "broken"), page.attributes)
             self.assertEqual(self.figures()["tinyscale_settings_ok"], "0")
             # it does not come to look good by itself
             tinyscale.reload(self.balancer, self.environment(), False)
         self.write_servers()
         tinyscale.reload(self.balancer, self.environment(), False)
-        self.assertIn("The settings on disk are good.", self.status_page().texts)
+        self.assertIn("The settings on disk are good. ", self.status_page().texts)
         self.assertEqual(self.figures()["tinyscale_settings_ok"], "1")
 
     def test_metrics_count_calls_by_outcome_and_tell_all_about_servers(self):
@@ -7088,9 +7176,9 @@ class SettingsTest(unittest.TestCase):
                 entries = self.load([{"host": base + ending, "secret": " s "}])
                 self.assertEqual(entries, [tinyscale.Entry(base, "s")])
         for host, expected in (
-            ("HTTPS://BBB1.example.org:443", "https://bbb1.example.org"),
-            ("HTTPS://BBB.example.org:443/BBB1/", "https://bbb.example.org/BBB1"),
-            ("http://bbb1:80/", "http://bbb1"),
+            ("HTTPS://BBB1.example.org:4430", "https://bbb1.example.org:4430"),
+            ("HTTPS://BBB.example.org/BBB1/", "https://bbb.example.org/BBB1"),
+            ("http://bbb1:80/", "http://bbb1:80"),
             ("http://bbb1:443", "http://bbb1:443"),
         ):
             self.assertEqual(self.load([{"host": host, "secret": "s"}])[0].host, expected)
@@ -7141,8 +7229,8 @@ class SettingsTest(unittest.TestCase):
             "wieght": ((2,), '"wieght" is no key. Known are host, secret, weight'),
         }
         for content, words in (
-            (b"", "this is no JSON. It must be JSON like servers.json.example"),
-            (b"\xff", "it is no text in UTF-8"),
+            (b"", "this is no JSON. It must be JSON in UTF-8, like servers.json.example"),
+            (b"\xff", "this is no JSON. It must be JSON in UTF-8"),
             (b"[" * 100000, "this is no JSON"),
             ({}, "list of servers"),
             ([], "list of servers"),
@@ -7179,15 +7267,19 @@ class SettingsTest(unittest.TestCase):
         # the two are swapped
         swapped = {"host": "hush-hush", "secret": "https://bbb1.example.org"}
         self.assertIn('"host" must', self.mistake(self.load, [swapped]))
+        # or the secret is in another wrong place
+        for key in ("weight", "cordoned", "checksum"):
+            line = self.mistake(self.load, [{**GOOD_ENTRY, key: "hush" * 10}])
+            self.assertIn(f'"{key}" must', line)
 
     def test_each_mistake_of_the_environment_is_one_line_that_names_what_was_found_and_the_mend(
         self,
     ):
         text = self.file("a-text", "no PEM, but a secret: hush\n")
         for environment, words in (
-            ({"TINYSCALE_SECRET": '"hush"'}, ("TINYSCALE_SECRET:", "quotes", "Take them out")),
-            ({"TINYSCALE_SECRET": "a,'hush'"}, ("TINYSCALE_SECRET:", "quotes", "Take them out")),
-            ({"TINYSCALE_SECRET": "TINYSCALE_SECRET=hush"}, ("NAME=", "Take them out")),
+            ({"TINYSCALE_SECRET": '"hush"'}, ("TINYSCALE_SECRET:", "quotes", "Set it to")),
+            ({"TINYSCALE_SECRET": "a,'hush'"}, ("TINYSCALE_SECRET:", "quotes", "Set it to")),
+            ({"TINYSCALE_SECRET": "TINYSCALE_SECRET=hush"}, ("NAME=", "Set it to")),
             ({"PORT": "abc"}, ("PORT: 'abc' is no port", "a number up to 65535")),
             ({"PORT": "65536"}, ("PORT: '65536' is no port", "a number up to 65535")),
             ({"PORT": "-1"}, ("PORT: '-1' is no port",)),
@@ -7195,7 +7287,7 @@ class SettingsTest(unittest.TestCase):
             ({"TINYSCALE_PLACEMENT": "Load"}, ("TINYSCALE_PLACEMENT: 'Load'", "turn, load")),
             (
                 {"SSL_CERT_FILE": "/nowhere/ca.pem"},
-                ("SSL_CERT_FILE", "/nowhere/ca.pem", "unset it"),
+                ("SSL_CERT_FILE", "/nowhere/ca.pem", "Check its name"),
             ),
             ({"SSL_CERT_FILE": self.folder}, ("SSL_CERT_FILE", self.folder)),
             ({"TINYSCALE_SERVERS": "nowhere.json"}, (os.path.abspath("nowhere.json"), "No such")),
@@ -7235,14 +7327,18 @@ class SettingsTest(unittest.TestCase):
             (
                 "TINYSCALE_SERVERS",
                 f"[{good}\n{good}]",
-                "line 2: this is no JSON. It must be JSON like",
+                "line 2: this is no JSON. It must be JSON in UTF-8",
             ),
             # this comma is within a secret
-            ("TINYSCALE_SERVERS", f"[{good}".replace("hush-", "hush,]"), "It must be JSON like"),
+            (
+                "TINYSCALE_SERVERS",
+                f"[{good}".replace("hush-", "hush,]"),
+                "It must be JSON in UTF-8",
+            ),
             ("TINYSCALE_SECRET_FILE", "TINYSCALE_SECRET=hush\n", "NAME= before it"),
             ("TINYSCALE_SECRET_FILE", "hush\n'hush'\n", "quotes"),
             ("TINYSCALE_SECRET_FILE", "hush\nhu\x00sh\n", "cannot be printed"),
-            ("TINYSCALE_SECRET_FILE", b"\xff\xfeh\0u\0s\0h\0", "it is no text in UTF-8"),
+            ("TINYSCALE_SECRET_FILE", b"\xff\xfeh\0u\0s\0h\0", "cannot be printed"),
         ):
             with self.subTest(text):
                 path = self.file("the-file", text)
@@ -7317,7 +7413,8 @@ class SettingsTest(unittest.TestCase):
     def test_our_own_certificate_is_warned_of_when_it_has_expired(self):
         path, _ = certified(self.folder)
         for year, expected in ((2125, False), (2127, True)):
-            now = mock.Mock(wraps=time, time=lambda year=year: (year - 1970) * 365.2425 * 86400)
+            moment = time.gmtime((year - 1970) * 365.2425 * 86400)
+            now = mock.Mock(wraps=time, gmtime=lambda moment=moment: moment)
             with self.subTest(year), mock.patch.object(tinyscale, "time", now):
                 warnings_of_it = self.settings(TINYSCALE_CERT=path).warnings
                 self.assertEqual([path in line for line in warnings_of_it], [True] * expected)
@@ -7331,9 +7428,13 @@ class SettingsTest(unittest.TestCase):
             (b"\x18\x0f21261031073725Z", "2126-10-31 07:37:25"),
         ):
             with self.subTest(ending):
-                der = b"0\x1e\x17\x0d261124073725Z" + ending
-                end = tinyscale.certificate_end(self.file("c.pem", ssl.DER_cert_to_PEM_cert(der)))
-                self.assertEqual(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(end)), expected)
+                pem = ssl.DER_cert_to_PEM_cert(b"0\x1e\x17\x0d261124073725Z" + ending)
+                last = calendar.timegm(time.strptime(expected, "%Y-%m-%d %H:%M:%S"))
+                for seconds, has_expired in ((last, False), (last + 1, True)):
+                    moment = time.gmtime(seconds)
+                    now = mock.Mock(wraps=time, gmtime=lambda moment=moment: moment)
+                    with mock.patch.object(tinyscale, "time", now):
+                        self.assertEqual(tinyscale.has_expired(pem), has_expired)
 
     def test_a_file_that_everyone_may_read_is_warned_about(self):
         secrets = self.file("secrets", "hush\n")
@@ -7362,7 +7463,7 @@ class SettingsTest(unittest.TestCase):
             ("first", secrets, ("first", "third", "fourth")),
         ):
             environment = {"TINYSCALE_SECRET": text, "TINYSCALE_SECRET_FILE": path}
-            self.assertEqual(tinyscale.read_secrets(environment), expected)
+            self.assertEqual(self.settings(**environment).secrets, expected)
 
     def test_a_blank_secret_or_a_file_without_one_is_a_mistake(self):
         for text, path, words in (
@@ -7377,7 +7478,7 @@ class SettingsTest(unittest.TestCase):
         ):
             with self.subTest((text, path)):
                 environment = {"TINYSCALE_SECRET": text, "TINYSCALE_SECRET_FILE": path}
-                line = self.mistake(tinyscale.read_secrets, environment)
+                line = self.mistake(self.settings, **environment)
                 self.assertIn(words, line)
                 self.assertIn(path, line)
 
@@ -7385,7 +7486,7 @@ class SettingsTest(unittest.TestCase):
         text = b'\xef\xbb\xbf[{"host": "https://b", "secret": "s"}]'
         self.assertEqual(self.load(text), [tinyscale.Entry("https://b", "s")])
         path = self.file("secrets", b"\xef\xbb\xbfhush\r\n")
-        self.assertEqual(tinyscale.read_secrets({"TINYSCALE_SECRET_FILE": path}), ("hush",))
+        self.assertEqual(tinyscale.read_secrets("", path), ("hush",))
 
 
 class ServersFileTest(ClusterTest):
@@ -7435,7 +7536,7 @@ class ServersFileTest(ClusterTest):
         self.load(self.entries()[1:])
         gate.set()
         self.assertEqual(create.result(10).returncode, "SUCCESS")
-        self.assertEqual((self.directory.meetings, self.directory.claims), ({}, {}))
+        self.assertEqual(self.directory.find("room"), (None, "nowhere"))
 
     def test_each_server_that_is_new_is_watched_and_no_other(self):
         entries = self.entries()
@@ -7994,7 +8095,7 @@ class StartTest(ProcessCase):
             figures = fetch(port, "/metrics", headers=login).body.decode()
             page = fetch(port, "/status", headers=login).body.decode()
             is_ok = re.search("^tinyscale_settings_ok (.*)$", figures, re.MULTILINE)[1]
-            return is_ok, "broken" in page, "servers.json: line 1" in page
+            return is_ok, "are broken" in page, "servers.json: line 1" in page
 
         self.assertEqual(shown(), ("1", False, False))
         for _ in range(2):
@@ -8050,7 +8151,8 @@ class StartTest(ProcessCase):
             "TINYSCALE_CERT": certificate,
         }
         self.assertFalse(tinyscale.read_settings(environment).warnings)
-        later = mock.Mock(wraps=time, time=lambda: time.time() + 101 * 366 * 86400)
+        moment = time.gmtime(time.time() + 101 * 366 * 86400)
+        later = mock.Mock(wraps=time, gmtime=lambda: moment)
         with mock.patch.object(tinyscale, "time", later):
             warned = tinyscale.read_settings(environment).warnings
         self.assertRegex("".join(warned), "^TINYSCALE_CERT .*tls.pem has expired")
@@ -8086,6 +8188,33 @@ class StopTest(ProcessCase):
                 self.assertEqual(process.wait(20), 0)
                 self.assertTrue(log.text().endswith("INFO stopped\n"), log.text())
                 self.assertNotIn("Traceback", log.text())
+
+    def test_a_file_that_cannot_be_read_to_its_end_does_not_hold_up_the_end(self):
+        process, log, port = self.started(program=changed("tinyscale.SURVEY_INTERVAL = 0.05"))
+        os.remove(self.servers_file)
+        # who opens it waits until somebody writes to it, as with a network drive that hangs
+        os.mkfifo(self.servers_file, 0o600)
+        process.send_signal(signal.SIGHUP)
+        with self.opened_by_a_reader(self.servers_file):
+            process.terminate()
+            self.assertEqual(process.wait(20), 0)
+
+    @contextlib.contextmanager
+    def opened_by_a_reader(self, path):
+        """Wait until somebody has it open, and let him wait."""
+        writer = []
+
+        def is_open():
+            with contextlib.suppress(OSError):
+                writer.append(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return bool(writer)
+
+        try:
+            self.assertTrue(until(is_open, 20))
+            yield
+        finally:
+            for file in writer:
+                os.close(file)
 
     def test_a_hung_server_does_not_hold_up_the_end(self):
         program = changed("tinyscale.DRAIN_TIMEOUT = 0.2")
@@ -8147,11 +8276,11 @@ class StopTest(ProcessCase):
 
     def test_who_was_accepted_just_before_a_stop_is_answered(self):
         late = (
-            "serve = tinyscale.Balancer.serve\n"
+            "serve = tinyscale.Handler.serve\n"
             "def late(*args):\n"
             "    time.sleep(0.5)\n"
             "    serve(*args)\n"
-            "tinyscale.Balancer.serve = late"
+            "tinyscale.Handler.serve = late"
         )
         process, _, port = self.started(program=changed(late))
         self.check_that_a_stop_answers(process, port, 5)
@@ -8378,14 +8507,16 @@ class StderrTest(ProcessCase):
         slow = (
             "import sys\n"
             "class Slow:\n"
-            "    def write(self, text): time.sleep(0.3); sys.__stderr__.write(text)\n"
+            "    def write(self, text): time.sleep(0.2); sys.__stderr__.write(text)\n"
             "    def flush(self): sys.__stderr__.flush()\n"
             "sys.stderr = Slow()"
         )
-        _, _, errors = self.outcome(
-            self.run_it("--port", str(self.fakes[0].port), program=changed(slow))
-        )
-        self.assertIn("in use", errors)
+        process, log, _ = self.started(program=changed(slow))
+        for fake in self.fakes:
+            self.assertTrue(log.find(f"{fake.url} is up"))
+        process.terminate()
+        self.assertEqual(process.wait(20), 0)
+        self.assertTrue(log.text().endswith("INFO stopped\n"), log.text())
 
     def stuck(self, **options):
         """A tinyscale whose log nobody reads any more, so that it cannot write a line; its port."""
@@ -8580,7 +8711,7 @@ class CheckTest(ProcessCase):
                 code, output, errors = self.outcome(process)
                 self.assertEqual((code, errors), (0 if is_well else 1, ""), output)
                 self.assertEqual("All is well." in output, is_well, output)
-                self.assertEqual(f"port {number}" in output.lower(), not is_well, output)
+                self.assertEqual(f"PORT {number}" in output, not is_well, output)
 
     def test_check_tries_our_own_settings(self):
         no_key = self.write("no-key.pem", CERTIFICATE)
@@ -8677,7 +8808,9 @@ class CheckTest(ProcessCase):
         for process, (command, redirection, expected) in zip(processes, cases):
             with self.subTest(command, redirection=redirection):
                 code, _, errors = self.outcome(process)
-                self.assertEqual((code, errors), (expected, ""))
+                # a line says why, but for a stdout that was closed on purpose
+                self.assertEqual((code, errors.count("\n")), (expected, expected), errors)
+                self.assertNotIn("Traceback", errors)
 
     def test_version_and_help_fit_a_terminal(self):
         code, output, _ = self.run_here("--version")
@@ -8845,14 +8978,14 @@ class DocumentationTest(unittest.TestCase):
     def test_the_program_keeps_its_budgets(self):
         # each ceiling is one number here
         of_part_1 = {
-            "statements": 575,
-            "tokens": 5100,
+            "statements": 450,
+            "tokens": 4500,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }
         of_the_whole = {
-            "statements": 1910,
-            "tokens": 18800,
+            "statements": 1650,
+            "tokens": 16500,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }
@@ -8948,6 +9081,8 @@ class DocumentationTest(unittest.TestCase):
         # that one builds the checksum, this one compares it; and one of these is for the status
         # password
         self.assertEqual(self.program.count("compare_digest("), 2)
+        # what fill writes into an attribute cannot leave it, because there are quotes around it
+        self.assertNotRegex(self.program, r"<[a-z][^<>]*=\{")
         lines = self.program.splitlines()
         for node in ast.walk(self.tree):
             kind = getattr(getattr(node, "type", None), "id", "")
@@ -9012,9 +9147,7 @@ class DocumentationTest(unittest.TestCase):
         self.assertEqual(told, errors)
 
     def test_every_metric_is_in_the_readme_and_no_other(self):
-        figures = set(re.findall(r'family\(\s*"(\w+)"', self.program))
-        figures |= {f"server_{name}" for name, *_ in tinyscale.SERVER_FIGURES}
-        figures |= {"call_seconds_count", "call_seconds_sum"}
+        figures = {*tinyscale.FIGURES, "call_seconds_count", "call_seconds_sum"}
         figures -= {"call_seconds"}
         told = self.names("Prometheus", r"`tinyscale_(\w+)`")
         self.assertEqual(told, figures)
