@@ -4181,6 +4181,16 @@ class EvidenceTest(unittest.TestCase):
         directory.forget(one, "room", 161.0)
         self.assertEqual(directory.home("room"), (None, "nowhere"))
 
+    def test_an_internal_id_takes_no_meeting_of_that_name_away(self):
+        directory = tinyscale.Directory(lambda: 100.0)
+        entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
+        one, two = directory.use(entries, "turn")
+        directory.remember(one, tinyscale.MeetingInfo("room", "room-1", created=2000), 98.0)
+        directory.remember(two, tinyscale.MeetingInfo("mine", "room", created=3000), 99.0)
+        self.assertEqual(directory.home("room"), (one, "remembered"))
+        self.assertEqual(directory.home("mine"), (two, "remembered"))
+        self.assertEqual(directory.home("room-1"), (one, "remembered"))
+
     def test_the_play_notices_when_a_rule_is_broken(self):
         for rule, methods in BROKEN.items():
             with self.subTest(rule):
@@ -9216,7 +9226,7 @@ class DocumentationTest(unittest.TestCase):
             f"refreshes itself every {t.SURVEY_INTERVAL} seconds",
             f"It takes {t.PROBE_TIMEOUT} s at most",
             f"who has not answered within {t.PROBE_TIMEOUT} s is left out",
-            f"has answered or failed once: {t.CONNECT_TIMEOUT + t.ANSWER_TIMEOUT} s at most",
+            f"has failed once: {t.CONNECT_TIMEOUT + t.ANSWER_TIMEOUT} s at most",
             f"its meetings, for {t.HOLD} s | `serverUnavailable`",
             f"has been down for {t.HOLD} s",
             f"tries again every {t.RETRY_AFTER} s",

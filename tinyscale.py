@@ -21,10 +21,11 @@ creates are on their way. The servers are asked every ten seconds, so a restart 
 what a silent server alone knows.
 
 To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
-and Connections. Outside of Part I secrets are read by read_settings and what it calls, and used by
-print_url and examine, which sign; join hands out a URL that was signed. XML that servers send is
-parsed by parse alone; judge, is_denial and destroy_on search its bytes for a word. The listener is
-made by listen, read_tls and connection_limit.
+and Connections. Outside of Part I secrets are read by read_settings and what it calls; print_url
+signs; Directory.use and examine hand entries on; join hands out a URL that was signed. XML that
+servers send is parsed by parse alone; judge, is_denial and destroy_on search its bytes for a word.
+The listener is made by listen, read_tls and connection_limit; count_call counts each call. Every
+server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ log = logging.getLogger("tinyscale")
 CONNECT_TIMEOUT = 3
 # So long we still read an answer whose time is over: if our machine was paused, it came meanwhile.
 LATE = 0.5
-# For a client's TLS handshake and the head of its request together; and for listen_on.
+# For a client's TLS handshake, the head of its request and a form together; and for listen_on.
 HEAD_TIMEOUT = 10
 # After that a client may be slow, but not silent for longer. A proxy before us gives up first:
 # nginx waits 60.
@@ -92,12 +93,14 @@ MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
 MAX_ANSWER = 32 * 1024 * 1024
-# The longest URL that a form becomes: nginx and Tomcat refuse 8 KiB. A longer form stays a form.
+# The longest URL that a form becomes, as every BBB takes that: nginx and Tomcat refuse 8 KiB. A
+# longer form stays a form.
 MAX_URL = 7500
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart: the caller chooses.
+# By their length in hex, as BBB tells them apart: the caller chooses. With SHA-1, too, nobody can
+# find a checksum without the secret.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -175,8 +178,8 @@ def verify(
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
-    knows a checksum of a call without parameters, from a proxy's log say, may send any form with
-    that call, as to BBB.
+    knows a checksum of a call without parameters may send any form with that call, as to BBB. Only
+    the front end and the log of a proxy know one: log no queries.
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
     refused = ApiError("checksumError", "Checksums do not match")
@@ -211,8 +214,8 @@ def verify(
 # ---- calls ---------------------------------------------------------------------------------------
 
 FORM = "application/x-www-form-urlencoded"
-# What every answer of BBB begins with. Nothing before <response> could declare entities, with which
-# a small text grows to gigabytes.
+# What every answer of BBB begins with. What stands before <response> is never parsed: it could
+# declare entities, with which a small text grows to gigabytes.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -235,6 +238,7 @@ class Answer:
         return match[1].decode() if match else ""
 
 
+# Exceptions must have a hash: dataclass takes it away with its own comparison.
 @dataclass(eq=False)
 class ApiError(Exception):
     """A call that is refused, with BBB's messageKey and message, and an HTTP status.
@@ -305,8 +309,8 @@ class ApiCall:
 
 # ---- one BBB server ------------------------------------------------------------------------------
 
-# The system's authorities, or those of SSL_CERT_FILE or SSL_CERT_DIR. (SSLKEYLOGFILE counts, too.)
-# TLS 1.2 is the default only since Python 3.10.
+# The system's authorities, or those of SSL_CERT_FILE or SSL_CERT_DIR. TLS 1.2 is the default only
+# since Python 3.10.
 TRUST = ssl.create_default_context()
 TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # As before Python 3.13, which refuses the authorities that many schools made for themselves, for a
@@ -334,7 +338,8 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # while this one is there, the socket stays open
+        # http.client closes the connection when the server wants it to end; the socket really
+        # closes when the last file on it goes: this one
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -345,7 +350,8 @@ class Drops(socket.SocketIO):
             # once: our machine may have been paused, and what came meanwhile lies ready
             self.is_late = True
             self.deadline = now + LATE
-        self.sock.settimeout(self.deadline - now + 0.001)
+        # 0 would mean: do not wait at all
+        self.sock.settimeout(max(0.001, self.deadline - now))
         return super().readinto(buffer)
 
 
@@ -363,10 +369,11 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.entry = entry
         # the end of its certificate, as time.time; 0 if that is not known
         self.certificate_end = 0.0
-        # connections for the next calls, and since when
+        # connections for the next calls, and since when; to append and to pop is one step in
+        # Python, so many threads may
         self.kept: list[tuple[float, http.client.HTTPConnection]] = []
-        # an opener that has this handler alone, and is self.parent from now on; the usual one would
-        # follow redirects, and use the proxies of the environment
+        # an opener that has this handler alone, and is self.parent from now on. The usual one would
+        # follow redirects, use the proxies of the environment, and raise for a status from 400 on
         urllib.request.OpenerDirector().add_handler(self)
 
     def __str__(self) -> str:
@@ -577,8 +584,8 @@ class Handler:
         self.request = request
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting: for its head, then to take its answer; NEVER: it
-        # does not, and may stay
+        # since when the client keeps us waiting: for its head, then to take its answer; NEVER: we
+        # work for it, or it sends slides after a right checksum, and may stay
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
@@ -675,7 +682,8 @@ class Handler:
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
         """A page of our own; the secret ones want HTTP Basic's of user admin and the password."""
         self.call.name = self.head.path
-        self.allow("GET", "HEAD", "POST" if page is version_page else "HEAD")
+        # some front ends ask for the version by POST
+        self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
         given = self.head.fields.get("authorization", "").encode()
         login = b"Basic " + base64.b64encode(f"admin:{password}".encode())
         if page not in PUBLIC_PAGES and not hmac.compare_digest(given, login):
@@ -756,7 +764,8 @@ class Handler:
     def respond(self, answer: Answer, outcome: str) -> None:
         """Write a line in the log, even for a client that is gone; then the answer.
 
-        The line has the call, meetingID, server, outcome, status and time: no query, no name.
+        The line has the call, meetingID, server (else the path that was not found, or the caller's
+        address), outcome, status and time: no query, no name.
         """
         seconds = time.monotonic() - self.started
         if self.head.path not in PAGES:
@@ -794,7 +803,7 @@ class Handler:
         for start in range(0, len(data), CHUNK // 8):
             if start:
                 # it takes its answer
-                self.waiting_since = max(self.waiting_since, time.monotonic())
+                self.waiting_since = time.monotonic()
             self.request.sendall(data[start : start + CHUNK // 8])
 
     def listen_on(self) -> None:
@@ -849,7 +858,7 @@ class Balancer(http.server.ThreadingHTTPServer):
     def close_slowest(self) -> None:
         """Close the connection of who has kept us waiting longest, a second at least.
 
-        Who waits for us may stay. Then wait a moment for its thread to end.
+        Who has a right checksum may stay. Then wait a moment for its thread to end.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -922,6 +931,7 @@ OUR_TROUBLE = (
     errno.EADDRNOTAVAIL,
 )
 # A proxy says so if there is no BBB behind it; only with 504 BBB may have carried out the call.
+# (With 502, too, if BBB broke off just then: we accept that.)
 GONE = (404, 502, 503, 504)
 
 
@@ -1028,8 +1038,8 @@ class Server(Connections):
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # BBB also says so of parameters in a body; `failed` takes no call with a body for an
-            # outage
+            # our checksum is right for any query, so it is our secret that is wrong. BBB also says
+            # so of parameters in a body; `failed` takes no call with a body for an outage
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, Unreachable)
         is_redirect = 300 <= status < 400
@@ -1040,10 +1050,10 @@ class Server(Connections):
         if (answer.returncode or may_be_other) and not is_redirect:
             return
         is_gone = is_redirect or status in GONE
+        # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # one bad meeting is no outage, but our survey, which has no query, must be answered; a
-            # client's own query may be what is wrong
+            # our survey must be answered: it has no query. A client's own may be what is wrong
             is_outage = not call.query
         error = Unreachable if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1141,8 +1151,9 @@ class Probe(NamedTuple):
 
     # when
     asked: float
-    # until one said that it has it: who said that it does not, and whose answer was no answer
+    # the asking stops at the first yes. Who said no before that; who is silent is in neither
     denied: Sequence[Server] = ()
+    # whose answer was none, such as HTTP 500: it cannot tell, but has told its meetings to surveys
     failed: Sequence[Server] = ()
 
 
@@ -1222,7 +1233,9 @@ class Directory:
                 if known.info.created == info.created:
                     meeting.first_heard = known.first_heard
             self.meetings[info.meeting_id] = meeting
-            if info.internal_id:
+            # not in the place of a meeting that has this for its meetingID
+            alias = self.meetings.get(info.internal_id, meeting)
+            if info.internal_id and alias.info.meeting_id != info.internal_id:
                 # creates are counted by meetingID alone
                 self.meetings[info.internal_id] = replace(meeting, sending=0)
 
@@ -1372,13 +1385,15 @@ class Directory:
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
 
-        After a success there is `info`, what it told, which counts from now. Else the server may
-        have carried it out all the same: then the claim stays until it says no, or is lost.
+        After a success there is `info`, what it told; it counts from now, as it began just now.
+        Else the server may have carried it out all the same: then the claim stays until it says no,
+        or is lost.
         """
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known is None:
-                # its ID is another meeting's internal one, which was forgotten
+                # its meetingID was another meeting's internal ID, too, and that was forgotten. What
+                # it began is found by the next survey
                 return
             known.sending = max(0, known.sending - 1)
             if info:
@@ -1418,7 +1433,7 @@ class Directory:
     def least_loaded(self, able: Collection[Server]) -> list[Server]:
         """Those of these servers with the least load."""
         if len(able) > 1 and self.in_a_row >= 2:
-            # one that comes back empty must not get all that begins until its next survey
+            # else one that comes back empty among full ones would get all that begins
             able = [server for server in able if server is not self.last]
         loads = {server: self.load(server) for server in able}
         least = min(loads.values(), default=0)
@@ -1484,6 +1499,7 @@ class Directory:
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
+            # it says FAILED of nothing else: a checksumError is no usable answer
             elif info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
                 denied.append(server)
@@ -1521,7 +1537,7 @@ class Directory:
             time.sleep(0.01)
 
     def find(self, meeting_id: str) -> tuple[Server | None, str]:
-        """The meeting's server, and how we know; None if no server has it.
+        """The meeting's server, and how we know; None if no server says that it has it.
 
         Raises Unavailable if its server went down not long ago, or if nobody answers.
         """
@@ -1567,7 +1583,8 @@ def survey(directory: Directory, server: Server) -> None:
     infos = [info for info in told if info.meeting_id]
     directory.learn(server, infos, asked, is_whole)
     if not was_up or not server.version:
-        # it may have been upgraded: the call without a name tells the version
+        # it may have been upgraded. The call without a name tells the version, to anybody: BBB does
+        # not look at its checksum
         root, _ = parse(server.ask(ApiCall("")))
         server.version = root.findtext("bbbVersion", "")
 
@@ -2585,10 +2602,13 @@ def read_entry(where: str, item: Any) -> Entry:
 def shown(name: str, value: object) -> str:
     """A value of an entry, for a message: short, and without a secret."""
     text = json.dumps(value)
-    # any value may be a secret in the wrong place; but none looks like an address, or is short
-    is_address = name == "host" and re.search("[.:/]", text)
+    # any value may be a secret in the wrong place; but bbb-conf's have only letters and digits, and
+    # are long
+    is_address = name == "host" and re.search("[.:]", text)
     is_short = name not in ("host", "secret") and len(text) <= 20
-    if re.search(r"^[\[{]|@", text) or not (is_address or is_short):
+    # or it is in a list, or in a URL before its @
+    may_hold_it = re.search(r"^[\[{]|@", text)
+    if may_hold_it or not (is_address or is_short):
         return "something else"
     return text[:99]
 
@@ -2677,7 +2697,9 @@ def is_journal(stream: str) -> bool:
 def read_settings(environment: Mapping[str, str], needs_servers: bool = True) -> Settings:
     """All settings: the only place that looks at the environment.
 
-    But for OpenSSL, which reads SSL_CERT_FILE, and main, which words a mistake for the journal.
+    But for OpenSSL, which reads SSL_CERT_FILE and SSL_CERT_DIR (Python's debugging aid
+    SSLKEYLOGFILE writes its keys to a file: leave it unset), and main, which words a mistake for
+    the journal.
 
     Raises SettingsError.
     """
@@ -2820,6 +2842,7 @@ def begin_log(settings: Settings) -> LogHandler:
 
 def end_log(handler: LogHandler) -> None:
     """Wait a second at most until the log is written: its reader may be gone."""
+    # not before: it would be lost, too
     if handler.lost:
         log.warning("%d lines of the log were lost: nobody read them", handler.lost)
     end = threading.Thread(target=handler.queue.join, daemon=True)  # type: ignore[attr-defined]
@@ -2836,7 +2859,8 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 def connection_limit() -> int:
     """How many clients there may be.
 
-    They get a third of the files that may be open: each may need two servers.
+    They get a third of the files that may be open: each needs one more for its server, and the
+    rest is for what asks all servers.
     """
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     # a sandbox may forbid it
@@ -2856,7 +2880,7 @@ def apply(balancer: Balancer, settings: Settings) -> None:
     balancer.settings = settings
     balancer.mistake = ""
     for warning in settings.warnings:
-        log.warning("%s", warning)
+        log.warning(warning)
     for server in balancer.directory.use(settings.entries, settings.placement):
         begin(watch, balancer.directory, server)
 
@@ -2940,7 +2964,7 @@ def serve(environment: Mapping[str, str]) -> None:
         wake.set()
     log.info("stopping")
     notify(balancer.settings, "STOPPING=1")
-    # a second signal ends at once, as PID 1 too
+    # a second signal ends at once; also in a container, where the system would do nothing
     for last in STOP_SIGNALS:
         signal.signal(last, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
