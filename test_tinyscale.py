@@ -5953,7 +5953,14 @@ class ListsTest(ClusterTest):
         self.assertEqual(len(tinyscale.merge(shape, lists)), sum(map(len, lists)))
 
     def test_a_section_with_a_comment_in_it_is_text_and_the_list_is_whole(self):
-        for text in ("<!--[if gte mso 9]>", "<!-- c -->", "<!DOCTYPE html>", "a <b> & c"):
+        for text in (
+            "<!--[if gte mso 9]>",
+            "<!-- c -->",
+            "<!DOCTYPE html>",
+            "a <b> & c",
+            "<p>Hello <b>you</b></p>",
+            "a</name><meetingID>another</meetingID>",
+        ):
             with self.subTest(text):
                 item = f"<meeting><meetingID>x</meetingID><name><![CDATA[{text}]]></name></meeting>"
                 body = f"{SUCCESS}<meetings>{item}</meetings></response>".encode()
@@ -6290,6 +6297,23 @@ class RecordingsTest(ClusterTest):
         self.assertEqual(self.listed("limit=2&Limit=1&xlimit=1&limits=1"), self.ids[:0:-1])
         asked = self.fakes[0].calls[-1][1]
         self.assertTrue(asked.startswith("Limit=1&xlimit=1&limits=1&checksum="), asked)
+
+    def test_a_list_that_lost_recordings_when_it_was_mended_is_no_list(self):
+        item = "<recording><recordID>{}</recordID><metadata><d><![CDATA[{}]]></d></metadata>"
+        for value, returncode in (
+            ("<p>Hello <b>you</b></p>", "SUCCESS"),
+            ("a</metadata></recordings>", "FAILED"),
+        ):
+            with self.subTest(value):
+                items = [item.format("first", value), item.format("second", "")]
+                text = "".join(f"{item}</recording>" for item in items)
+                self.fakes[0].faults["getRecordings"] = status(
+                    200, f"{SUCCESS}<recordings>{text}</recordings></response>", "text/xml"
+                )
+                answer = self.get("getRecordings")
+                self.assertEqual(answer.returncode, returncode)
+                if returncode == "SUCCESS":
+                    self.assertEqual(answer.xml.findtext(".//metadata/d"), value)
 
     def test_a_list_that_lacks_a_server_is_no_success(self):
         queries = (

@@ -10,7 +10,7 @@ The way of a call:
     Balancer.process_request   accepts a connection, which a thread of a pool serves
     Handler.serve              begins with TLS, and closes it at the end
     Handler.handle             reads one request, writes one answer
-    Handler.read_head          refuses what is no plain HTTP
+    Handler.read_head          reads its head; parse_head refuses what is no plain HTTP
     Handler.read_call          verifies the checksum, then reads the body
     ROUTES[call].handle        chooses the server, or asks all of them (Part II)
     Server.call                has the call signed with that server's secret, and sent
@@ -86,7 +86,7 @@ MAX_KEPT = 32
 KEPT_FOR = 30
 # The head of a request, or a form.
 MAX_HEAD = 64 * 1024
-# What is read, or written, at a time.
+# What is read at a time. An eighth of it is written at a time, so that a slow client can take it.
 CHUNK = 64 * 1024
 # A body, slides for example; and all bodies at one time, each for a moment held twice.
 MAX_BODY = 100 * 1024 * 1024
@@ -401,8 +401,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return request
         # a create that names both passwords is answered duplicateWarning the second time; if BBB
         # had made up one itself, the repeat would be refused
-        has_passwords = "attendeePW" in call.params and "moderatorPW" in call.params
-        request.may_repeat = call.route.is_read or (call.name == "create" and has_passwords)
+        has_passwords = call.params.get("attendeePW") and call.params.get("moderatorPW")
+        request.may_repeat = call.route.is_read or (call.name == "create" and bool(has_passwords))
         return request
 
     def send(self, request: SignedRequest, timeout: float) -> Answer:
@@ -811,7 +811,7 @@ class Handler:
         with contextlib.suppress(OSError):
             # not SSLSocket's, which forgets its TLS and would read on in clear text
             socket.socket.shutdown(self.request, socket.SHUT_WR)
-            while time.monotonic() < self.waiting_since + HEAD_TIMEOUT:
+            while True:
                 self.receive()
 
 
@@ -1024,6 +1024,9 @@ class Server(Connections):
         if request.was_repeated and answer.returncode == "FAILED" and not call.route.is_read:
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
+        if not answer.returncode and answer.status >= 400:
+            # it is passed on, but may be a proxy's, and says nothing of BBB
+            return answer
         self.answered = max(self.answered, asked)
         if self.state == "unknown":
             # if it is down, only its next survey shows that it is up again
@@ -1147,7 +1150,10 @@ class Meeting:
 
 
 class Probe(NamedTuple):
-    """All servers were asked for a meeting. What they said of it is in the directory."""
+    """All servers that are not down were asked for a meeting.
+
+    What they said of it is in the directory.
+    """
 
     # when
     asked: float
@@ -1177,7 +1183,7 @@ class Directory:
         self.in_a_row = 0
         # by meetingID and by internalMeetingID, as BBB accepts both
         self.meetings: dict[str, Meeting] = {}
-        # when a server was asked for a meeting that it does not have; None: all of them
+        # when a server was asked for a meeting that it does not have; None: all that were not down
         self.denials: dict[tuple[Server | None, str], float] = {}
         # those that run
         self.probes: dict[str, futures.Future[Probe]] = {}
@@ -1468,9 +1474,15 @@ class Directory:
 
         def ask_one(server: Server) -> None:
             answer = None
-            # a failure is logged where it was found out; the copy is for the server's own note
-            with contextlib.suppress(Unavailable):
+            try:
+                # a copy, for the server's own note
                 answer = server.call(replace(call), "asked")
+            except Unavailable:
+                # it is in the log
+                pass
+            except Exception as error:
+                # whatever it is, what the others say counts
+                log_error(call.name, error)
             answers.put((server, answer))
 
         threads = self.long_threads if call.route.is_long else self.threads
@@ -1578,7 +1590,7 @@ def survey(directory: Directory, server: Server) -> None:
         # not `asked`: it has answered that, and note_down believes nothing older than an answer
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
-    was_up = server.is_up and server.surveyed > 0
+    was_up = server.is_up
     told = map(info_in, root.iterfind("meetings/meeting"))
     infos = [info for info in told if info.meeting_id]
     directory.learn(server, infos, asked, is_whole)
@@ -1613,9 +1625,13 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section of BBB's. One that a typed name begins would reach beyond its element, so none is
-# taken that has the begin of an end, or of another section, in it.
-CDATA = re.compile(r"<!\[CDATA\[((?:(?!</|<!\[CDATA\[).)*?)\]\]>", re.DOTALL)
+# A CDATA section of BBB's. One that a typed name begins would reach beyond its element, and what is
+# around that: so none is taken that has such an end, or the begin of another section, in it.
+CDATA = re.compile(
+    r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
+    r"|<!\[CDATA\[).)*?)\]\]>",
+    re.DOTALL,
+)
 # The elements whose children have the names that people typed.
 CUSTOM = ("customdata", "metadata")
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
@@ -1748,10 +1764,16 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
         # only of hooks/list such an answer comes so far: BBB is there, but has no webhooks
         return []
     root, is_whole = parse(answer)
-    items = root.find(shape.tag)
-    # nobody types names into a list of hooks: if that is not whole, it is broken
-    is_broken = shape.item == "hook" and not is_whole
-    return None if items is None or is_broken else items.findall(shape.item)
+    found = root.find(shape.tag)
+    if found is None:
+        return None
+    items = found.findall(shape.item)
+    # what a list had to be mended for may have cost some of its items. Of meetings the others count
+    # all the same; but nobody types names into a list of hooks, and a recording that is lost would
+    # be taken for deleted
+    has_lost_some = answer.body.count(f"<{shape.item}>".encode()) != len(items)
+    is_broken = shape.item == "hook" or (shape.item == "recording" and has_lost_some)
+    return None if is_broken and not is_whole else items
 
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
@@ -2323,8 +2345,9 @@ def metrics(balancer: Balancer) -> Answer:
         label = f'{{server="{server}"}}'
         values["server_up" + label] = server.is_up
         values["server_cordoned" + label] = server.entry.cordoned
-        values["server_meetings" + label] = len(server.listed)
-        values["server_participants" + label] = people_on(server)
+        if server.is_up:
+            values["server_meetings" + label] = len(server.listed)
+            values["server_participants" + label] = people_on(server)
         values["server_certificate_end_seconds" + label] = server.certificate_end
     text = ""
     for family, meaning in FIGURES.items():
