@@ -2617,13 +2617,13 @@ def read_entry(where: str, item: Any) -> Entry:
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
-        require(is_right(item[name]), f"{key} {rule}, not {shown(name, item[name])}.")
+        require(is_right(item[name]), f"{key} {rule}{shown(name, item[name])}.")
     checked = {**item, "host": host, "secret": item["secret"].strip()}
     return Entry(**checked)
 
 
 def shown(name: str, value: object) -> str:
-    """A value of an entry, for a message: short, and without a secret."""
+    """What was found in an entry, for a message; "" if that may be a secret."""
     text = json.dumps(value)
     # any value may be a secret in the wrong place; but bbb-conf's have only letters and digits, and
     # are long
@@ -2632,8 +2632,8 @@ def shown(name: str, value: object) -> str:
     # or it is in a list, or in a URL before its @
     may_hold_it = re.search(r"^[\[{]|@", text)
     if may_hold_it or not (is_address or is_short):
-        return "something else"
-    return text[:99]
+        return ""
+    return f", not {text[:99]}"
 
 
 def read_secrets(text: str, path: str) -> tuple[str, ...]:
@@ -2664,7 +2664,7 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
         tls.load_cert_chain(certificate, key or None, lambda: "")
     except OSError as error:
         raise SettingsError(
-            f"TINYSCALE_CERT {certificate}, TINYSCALE_KEY {key or 'in it'}: {error.strerror}. "
+            f"TINYSCALE_CERT {certificate or 'not set'}, TINYSCALE_KEY {key or 'in it'}: {error.strerror}. "
             "They must be PEM files that belong together."
         ) from None
     return tls
