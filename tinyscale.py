@@ -2225,7 +2225,7 @@ th, td { padding: .4rem 1.2rem .4rem 0; border-top: 1px solid #8886; text-align:
 th, td { vertical-align: top; font-weight: normal }
 td { white-space: nowrap }
 td[title=State] { white-space: normal }
-tbody th { font-weight: bold }
+tbody th { font-weight: bold; min-width: 18rem }
 thead th { overflow-wrap: normal }
 thead th, small { color: var(--low); font-weight: normal }
 .down, .broken { color: var(--bad); font-weight: bold }
@@ -2235,6 +2235,7 @@ meter { display: block; width: 6rem }
 @media (max-width: 45rem) {
   thead { display: none }
   tr { display: block; padding: .5rem 0; border-top: 1px solid #8886 }
+  tbody th { min-width: 0 }
   th, td { display: inline-block; border: 0; padding: 0 .72rem 0 0 }
   td:not([title=State])::before { content: attr(title) " "; color: var(--low) }
 }
