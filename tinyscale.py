@@ -413,9 +413,9 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """
         response = self.parent.open(request, timeout=timeout)
         fields = []
-        for name, value in response.headers.items():
-            # all others are dropped
-            if value and name.title() in ("Content-Type", "Location", "Set-Cookie"):
+        # all others are dropped
+        for name in ("Content-Type", "Location", "Set-Cookie"):
+            for value in filter(None, response.headers.get_all(name, [])):
                 # a line break would begin another field
                 fields.append((name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)))
         return Answer(response.status, request.received, tuple(fields))
@@ -465,8 +465,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         connection.response_class = timed_response
         connection.sock.settimeout(request.timeout)
-        with contextlib.ExitStack() as at_the_end:
-            at_the_end.callback(connection.close)
+        try:
             # a server may refuse a body half way: its answer is there all the same
             with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                 connection.request(
@@ -477,11 +476,14 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 )
             with connection.getresponse() as response:
                 request.received = read_answer(response)
-            # no socket: the server wants it to end; and after 1xx more is to come
-            if connection.sock and response.status >= 200 and len(self.kept) < MAX_KEPT:
-                # it is not closed
-                at_the_end.pop_all()
-                self.kept.append((time.monotonic(), connection))
+        except BaseException:
+            connection.close()
+            raise
+        # no socket: the server wants it to end; and after 1xx more is to come
+        if connection.sock is None or response.status < 200 or len(self.kept) >= MAX_KEPT:
+            connection.close()
+        else:
+            self.kept.append((time.monotonic(), connection))
         return response
 
 
@@ -875,17 +877,16 @@ class Markup(str):
     """HTML that is not escaped again: written by fill, or a constant of ours."""
 
 
-def escaped(value: object) -> str:
-    """The HTML of a value."""
-    return value if isinstance(value, Markup) else html.escape(str(value))
-
-
 def fill(template: str, **values: object) -> Markup:
-    """HTML with these values in the places of their names, each escaped.
+    """HTML with these values in the places of their names, each escaped but for Markup.
 
     A name in an attribute must stand between quotes.
     """
-    return Markup(template.format_map({name: escaped(value) for name, value in values.items()}))
+    safe = {
+        name: value if isinstance(value, Markup) else html.escape(str(value))
+        for name, value in values.items()
+    }
+    return Markup(template.format_map(safe))
 
 
 # ==== Part II: where meetings are, where calls go =================================================
@@ -2665,8 +2666,8 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
         tls.load_cert_chain(certificate, key or None, lambda: "")
     except OSError as error:
         raise SettingsError(
-            f"TINYSCALE_CERT {certificate or 'not set'}, TINYSCALE_KEY {key or 'in it'}: {error.strerror}. "
-            "They must be PEM files that belong together."
+            f"TINYSCALE_CERT {certificate or 'not set'}, TINYSCALE_KEY {key or 'in it'}: "
+            f"{error.strerror}. They must be PEM files that belong together."
         ) from None
     return tls
 
