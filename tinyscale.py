@@ -415,9 +415,9 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         fields = []
         # all others are dropped
         for name in ("Content-Type", "Location", "Set-Cookie"):
-            for value in filter(None, response.headers.get_all(name, [])):
-                # a line break would begin another field
-                fields.append((name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)))
+            values = filter(None, response.headers.get_all(name, []))
+            # a line break would begin another field
+            fields += [(name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for value in values]
         return Answer(response.status, request.received, tuple(fields))
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
