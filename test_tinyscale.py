@@ -5463,6 +5463,7 @@ class OutageTest(ClusterTest):
         self.survey()
 
         once = threading.Lock()
+        once.acquire()
 
         def pause(handler):
             # as if our machine was paused while the answers came
@@ -5480,10 +5481,10 @@ class OutageTest(ClusterTest):
                 fake.faults["*"] = pause
             for job in jobs:
                 before = self.clock.ahead
+                once.release()
                 self.assertEqual(job().returncode, "SUCCESS")
                 self.assertEqual(self.clock.ahead, before + 100)
                 self.assertEqual(self.states(), ["up"] * 3)
-                once.release()
 
     def test_the_rest_of_an_answer_counts_even_if_we_paused_in_its_middle(self):
         begun = threading.Event()

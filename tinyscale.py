@@ -642,9 +642,10 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        if seconds <= 0:
+        # the first read is never too late: our machine may have been paused
+        if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
-        self.request.settimeout(min(SILENCE_TIMEOUT, seconds))
+        self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
         data = self.request.recv(CHUNK)
         if not data:
             raise ConnectionError(errno.ECONNRESET, "it hung up half way")
@@ -813,7 +814,7 @@ class Handler:
         with contextlib.suppress(OSError):
             # not SSLSocket's, which forgets its TLS and would read on in clear text
             socket.socket.shutdown(self.request, socket.SHUT_WR)
-            while True:
+            while time.monotonic() < self.waiting_since + HEAD_TIMEOUT:
                 self.receive()
 
 
