@@ -2097,8 +2097,8 @@ def hook_id(url: str) -> str:
     It is a decimal number below 2**31, as old front ends expect.
     """
     digest = hashlib.sha256(url.encode()).digest()
-    number = int.from_bytes(digest[:4], "big")
-    return str(number % (2**31 - 1) + 1)
+    value = int.from_bytes(digest[:4], "big")
+    return str(value % (2**31 - 1) + 1)
 
 
 def put_our_id(element: ET.Element, url: str) -> None:
@@ -2120,7 +2120,8 @@ def create_hook(directory: Directory, call: ApiCall) -> Answer:
     if not len(root):
         raise Unavailable(call.note)
     put_our_id(root, call.params.get("callbackURL", ""))
-    return Answer(200, ET.tostring(root))
+    # not in ASCII, see write_list
+    return Answer(200, ET.tostring(root, "unicode").encode())
 
 
 def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
@@ -2196,6 +2197,7 @@ ROUTES = {
 }
 # Calls that do not exist yet.
 OTHER_CALL = Route(relay, is_xml=False)
+
 # ==== Part III: for the admin =====================================================================
 
 # Seconds. Until a browser that waits for a server asks again; for the calls in progress when we
@@ -2331,6 +2333,7 @@ def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) 
     # who has no secret could make up thousands of names
     name = call.name if call.name in ROUTES else "other"
     labels = f'{{call="{name}",outcome="{outcome}"}}'
+    # behind the one lock that there is: += is not one step
     with balancer.directory.lock:
         balancer.totals["call_seconds_count" + labels] += 1
         balancer.totals["call_seconds_sum" + labels] += seconds
@@ -2871,9 +2874,7 @@ def end_log(handler: LogHandler) -> None:
     # not before: it would be lost, too
     if handler.lost:
         log.warning("%d lines of the log were lost: nobody read them", handler.lost)
-    end = threading.Thread(target=handler.queue.join, daemon=True)  # type: ignore[attr-defined]
-    end.start()
-    end.join(1)
+    begin(handler.queue.join).join(1)  # type: ignore[attr-defined]
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -2896,9 +2897,11 @@ def connection_limit() -> int:
     return max(10, min(MAX_CONNECTIONS, files // 3))
 
 
-def begin(job: Callable[..., None], *arguments: object) -> None:
+def begin(job: Callable[..., None], *arguments: object) -> threading.Thread:
     """Do something in a thread of its own, which holds up no end of the program."""
-    threading.Thread(target=job, args=arguments, daemon=True).start()
+    thread = threading.Thread(target=job, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 def apply(balancer: Balancer, settings: Settings) -> None:
