@@ -6544,6 +6544,14 @@ class HooksTest(ClusterTest):
         for call in ("hooks/create", "hooks/list", "hooks/destroy"):
             fake.faults[call] = status(404)
 
+    def test_the_answer_to_a_new_webhook_is_xml_whatever_its_elements_are_called(self):
+        for fake in self.fakes:
+            fake.faults["hooks/create"] = lambda handler: success(
+                "<hookID>1</hookID><permanentHook>false</permanentHook><\u00e4>x</\u00e4>"
+            )
+        answer = self.get("hooks/create", "callbackURL=http%3A%2F%2Fx")
+        self.assertEqual(answer.xml.findtext("\u00e4"), "x")
+
     def test_a_hook_on_all_servers_is_one_hook_for_the_caller(self):
         for without in (None, 0, 1):
             with self.subTest(without=without):
