@@ -222,8 +222,7 @@ RETURNCODE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """An answer, a server's or our own."""
 
     status: int
@@ -316,6 +315,9 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # As before Python 3.13, which refuses the authorities that many schools made for themselves, for a
 # matter of form. The chain, the name and the dates are verified all the same.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
+
+# The fields of an answer that are passed on.
+PASSED_ON = ("content-type", "location", "set-cookie")
 
 
 class SignedRequest(urllib.request.Request):
@@ -412,13 +414,13 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         socket.timeout for its silence, or another OSError, HTTPException or ValueError.
         """
         response = self.parent.open(request, timeout=timeout)
-        fields = []
-        # all others are dropped
-        for name in ("Content-Type", "Location", "Set-Cookie"):
-            values = filter(None, response.headers.get_all(name, []))
+        fields = tuple(
             # a line break would begin another field
-            fields += [(name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value)) for value in values]
-        return Answer(response.status, request.received, tuple(fields))
+            (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
+            for name, value in response.getheaders()
+            if value and name.lower() in PASSED_ON
+        )
+        return Answer(response.status, request.received, fields)
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
         """What urllib calls to send a request. As its own, but a kept connection comes first."""
@@ -1714,9 +1716,11 @@ def info_in(item: ET.Element) -> MeetingInfo:
 
 def info_by(answer: Answer) -> MeetingInfo | None:
     """What a SUCCESS says of one meeting; None if it is none, or names none."""
+    if answer.returncode != "SUCCESS":
+        return None
     root, _ = parse(answer)
     info = info_in(root)
-    return info if info.meeting_id and answer.returncode == "SUCCESS" else None
+    return info if info.meeting_id else None
 
 
 class ListShape(NamedTuple):
