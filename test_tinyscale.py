@@ -1593,7 +1593,7 @@ class HttpTest(ClusterTest):
         patch = mock.patch.object(tinyscale, "HEAD_TIMEOUT", 100)
         patch.start()
         self.addCleanup(patch.stop)
-        for data in (b"GET /hea", b"GET / HTTP/1.1\r\nX: ", post):
+        for data in (b"GET /hea", b"GET / HTTP/1.1\r\nX: ", post, post[:-1]):
             with self.subTest(data):
                 self.clear_log()
                 with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
@@ -2645,9 +2645,13 @@ class FormsTest(ClusterTest):
             fake.faults["create"] = lambda handler: (
                 failed("checksumError") if handler.command == "POST" else proper(handler)
             )
-        answer = self.post("create", signed("create", f"meetingID=room&{self.LONG}"))
-        self.assertEqual(answer.messageKey, "serverUnavailable")
-        self.assertEqual(self.states(), ["up"] * 3)
+        keys = set()
+        # of any length that is not sent on in a URL
+        for size in (*range(6800, 7800, 50), 9000):
+            form = signed("create", f"meetingID=room{size}&welcome=" + "x" * size)
+            keys.add(self.post("create", form).messageKey)
+            self.assertEqual(self.states(), ["up"] * 3)
+        self.assertEqual(keys, {"", "serverUnavailable"})
         self.assertEqual(self.create("another").returncode, "SUCCESS")
 
     def test_slides_that_every_server_refuses_hold_up_no_other_meeting(self):
@@ -2747,7 +2751,7 @@ class RefusalTest(ClusterTest):
         self.fakes[1].down()
         self.survey()
         for call, expected in (
-            ("isMeetingRunning", "'other' no server is up serverUnavailable 200"),
+            ("isMeetingRunning", "'other' no server gives a usable answer serverUnavailable 200"),
             ("create", "'other' no server can take a new meeting serverUnavailable 200"),
             ("getMeetings", "'other' 0 of 2 servers serverUnavailable 200"),
         ):

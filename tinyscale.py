@@ -23,7 +23,8 @@ what a silent server alone knows.
 To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
 and Connections. Outside of Part I secrets are read by read_settings and what it calls; print_url
 signs; Directory.use and examine hand entries on; join hands out a URL that was signed. XML that
-servers send is parsed by parse alone; judge, is_denial and destroy_on search its bytes for a word.
+servers send is parsed by parse alone; Answer.returncode, judge, is_denial, items_of and destroy_on
+search its bytes for a word.
 The listener is made by listen, read_tls and connection_limit; count_call counts each call. Every
 server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
@@ -74,9 +75,9 @@ log = logging.getLogger("tinyscale")
 
 # To reach an address of a server, and again for its TLS handshake. DNS has no limit.
 CONNECT_TIMEOUT = 3
-# So long we still read an answer whose time is over: if our machine was paused, it came meanwhile.
+# For this time we read on after a deadline: if our machine was paused, the answer came meanwhile.
 LATE = 0.5
-# For a client's TLS handshake, the head of its request and a form together; and for listen_on.
+# For a client's TLS handshake, the head of its request and a form together; and to linger.
 HEAD_TIMEOUT = 10
 # After that a client may be slow, but not silent for longer. A proxy before us gives up first:
 # nginx waits 60.
@@ -88,14 +89,14 @@ KEPT_FOR = 30
 MAX_HEAD = 64 * 1024
 # What is read at a time. An eighth of it is written at a time, so that a slow client can take it.
 CHUNK = 64 * 1024
-# A body, slides for example; and all bodies at one time, each for a moment held twice.
+# A body, slides for example; and all bodies at one time. Each is held twice for a moment.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
 MAX_ANSWER = 32 * 1024 * 1024
-# The longest URL that a form becomes, as every BBB takes that: nginx and Tomcat refuse 8 KiB. A
-# longer form stays a form.
-MAX_URL = 7500
+# The longest query that a form is sent on as, in a URL, which every version of BBB takes: nginx and
+# Tomcat refuse URLs of 8 KiB. A longer form is sent on as a form.
+MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
 
@@ -178,8 +179,8 @@ def verify(
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
-    knows a checksum of a call without parameters may send any form with that call, as to BBB. Only
-    the front end and the log of a proxy know one: log no queries.
+    knows the checksum of a call without parameters can send any form with it; BBB has it so, too.
+    Only a front end knows such a checksum, or who reads queries in the log of a proxy: log none.
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
     refused = ApiError("checksumError", "Checksums do not match")
@@ -285,7 +286,7 @@ class ApiCall:
     name: str
     # raw, without its checksum: it goes on byte for byte
     query: str = ""
-    # the same, decoded
+    # the same, decoded; empty for a call of our own
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; makes the call a POST
     body: bytes = b""
@@ -323,7 +324,7 @@ PASSED_ON = ("content-type", "location", "set-cookie")
 class SignedRequest(urllib.request.Request):
     """A signed call on its way to a server."""
 
-    # a server that saw it twice would have done no more than once
+    # whether it does no harm if a server sees it twice
     may_repeat = False
     # a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
@@ -340,8 +341,8 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # http.client closes the connection when the server wants it to end; the socket really
-        # closes when the last file on it goes: this one
+        # never used, only kept: when the server wants the connection to end, http.client closes it
+        # before the body has been read. The socket stays open as long as a file on it exists
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -383,17 +384,19 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def url_for(self, call: str, query: str) -> str:
         """The URL of a call, signed with this server's secret."""
-        signed = sign(call, query, self.entry.secret, self.entry.checksum)
-        return f"{self.entry.host}/bigbluebutton/api/{call}?{signed}"
+        # read once: servers.json may change meanwhile
+        entry = self.entry
+        signed = sign(call, query, entry.secret, entry.checksum)
+        return f"{entry.host}/bigbluebutton/api/{call}?{signed}"
 
     def sign_again(self, call: ApiCall) -> SignedRequest:
         """The call as a request to this server.
 
-        A form that would make too long a URL stays a form, as BBB 2.6.18 has it.
+        A form that is too long for a URL stays a form, as BBB 2.6.18 has it.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
-        if call.content_type == FORM and len(url) > MAX_URL:
+        if call.content_type == FORM and len(call.query) > MAX_QUERY:
             # its checksum is over the empty query, see verify
             url, _, signature = self.url_for(call.name, "").partition("?")
             body = f"{call.query}&{signature}".encode()
@@ -517,7 +520,7 @@ REQUEST = re.compile(
     r"(?a)([A-Z]+) (?:https?://[\w.:\[\]-]+)?(/[!-\"$-~]*) HTTP/1[.][01]\r\n"
     r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n){0,100})\r\n"
 )
-# Or a bare LF, without which the end might never come: parse_head refuses it.
+# A bare LF ends the reading, too, or we would wait for CR LF in vain: parse_head refuses it.
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
 # A checksum covers a name and a query with nothing between. That of a guest's join link is right
@@ -611,12 +614,12 @@ class Handler:
                 self.request.do_handshake()
             self.handle()
         except OSError as error:
-            # a monitor that only tries the port is no news
-            is_silent = isinstance(error, (ConnectionError, ssl.SSLEOFError))
-            if self.buffer or self.head.path or not is_silent:
+            # who hangs up without a word, as a monitor that only tries the port, is no news
+            has_hung_up = isinstance(error, (ConnectionError, ssl.SSLEOFError))
+            if self.buffer or self.head.path or not has_hung_up:
                 log_error(self.address, error)
         except Exception as error:
-            # whatever it is, the caller gets an answer
+            # whatever it is, the caller gets an answer; if that fails, too, nobody can be told
             log_error(self.call.name, error)
             bug = ApiError("internalError", "A mistake of tinyscale; see its log", 500)
             self.respond(bug.answer(), "bug")
@@ -644,7 +647,8 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # the first read is never too late: our machine may have been paused
+        # what lies ready when we first look is not late, of a head or of a body that came apart from
+        # it: our machine may have been paused
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -796,7 +800,7 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            self.listen_on()
+            self.linger()
 
     def send(self, data: bytes) -> None:
         """The one place that writes to a client, which may be slow, but not silent.
@@ -811,8 +815,8 @@ class Handler:
                 self.waiting_since = time.monotonic()
             self.request.sendall(data[start : start + CHUNK // 8])
 
-    def listen_on(self) -> None:
-        """Let a client that is still sending end, or it would see a reset, not the answer."""
+    def linger(self) -> None:
+        """Read what a client still sends, and drop it: else it sees a reset, not the answer."""
         with contextlib.suppress(OSError):
             # not SSLSocket's, which forgets its TLS and would read on in clear text
             socket.socket.shutdown(self.request, socket.SHUT_WR)
@@ -867,7 +871,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
-            # not SSLSocket's, see listen_on
+            # not SSLSocket's, see Handler.linger
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)
         time.sleep(0.001)
@@ -926,8 +930,8 @@ MAX_ASKING = 1000
 
 # ---- a server's state ----------------------------------------------------------------------------
 
-# What our own machine lacks is no outage of a server.
-# EBUSY is what getaddrinfo says if it can open no file.
+# What our own machine lacks is no outage of a server. EBUSY is what glibc's getaddrinfo leaves in
+# errno if it can open no more files.
 OUR_TROUBLE = (
     errno.EBUSY,
     errno.EMFILE,
@@ -952,7 +956,11 @@ class MeetingInfo(NamedTuple):
 
 
 class Server(Connections):
-    """One BBB server, and in which state it is. Times are those of time.monotonic, in seconds."""
+    """One BBB server, and in which state it is. Times are those of time.monotonic, in seconds.
+
+    The state is noted without a lock. If two calls note it at the same moment, one note may be
+    lost: the next call or survey tells it again.
+    """
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry)
@@ -965,11 +973,12 @@ class Server(Connections):
         self.reason = "no answer yet"
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # when the newest question was asked that it answered, and how long the last answer took
+        # of the questions that it answered, when the newest was asked; and how long an answer took
         self.answered = 0.0
         self.took = 0.0
         self.version = ""
-        # good surveys that it needs before it gets new meetings
+        # after a create failed there: good surveys until it is as good as the others for new
+        # meetings
         self.doubts = 0
         # its last survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -987,7 +996,7 @@ class Server(Connections):
 
     @property
     def is_able(self) -> bool:
-        """Whether it may get new meetings."""
+        """Whether it may get new meetings. See `place` for who is the best."""
         return self.is_up and not self.entry.cordoned
 
     def call(self, call: ApiCall, why: str, timeout: float = 0) -> Answer:
@@ -1052,15 +1061,17 @@ class Server(Connections):
         is_redirect = 300 <= status < 400
         if is_redirect and call.name == "join":
             return
-        # of a call that answers otherwise an error page is passed on, too: who could tell it?
-        may_be_other = status >= 200 and not call.route.is_xml
-        if (answer.returncode or may_be_other) and not is_redirect:
+        # some calls are not answered in BBB's XML: nobody can tell such an answer from an error
+        # page, so that is passed on, too
+        may_be_no_xml = status >= 200 and not call.route.is_xml
+        if (answer.returncode or may_be_no_xml) and not is_redirect:
             return
         is_gone = is_redirect or status in GONE
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # our survey must be answered: it has no query. A client's own may be what is wrong
+            # without a query it is our survey, so any failure is an outage; else the query of a
+            # client may be what is wrong
             is_outage = not call.query
         error = Unreachable if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1079,7 +1090,7 @@ class Server(Connections):
         Return the error to raise.
         """
         # what is too long for a URL, or has a body, says nothing of the server
-        is_odd = bool(call.body) or len(call.query) > MAX_URL
+        is_odd = bool(call.body) or len(call.query) > MAX_QUERY
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1119,7 +1130,7 @@ class Server(Connections):
 
 
 def is_of_server(error: object) -> bool:
-    """Whether an error is no lack of our own machine."""
+    """Whether an error may be the server's: it is not if our own machine lacks something."""
     return getattr(error, "errno", None) not in OUR_TROUBLE
 
 
@@ -1161,9 +1172,10 @@ class Probe(NamedTuple):
 
     # when
     asked: float
-    # the asking stops at the first yes. Who said no before that; who is silent is in neither
+    # who said no, until the first yes ended the asking. Who was silent is in neither list
     denied: Sequence[Server] = ()
-    # whose answer was none, such as HTTP 500: it cannot tell, but has told its meetings to surveys
+    # who reacted in time, but not usably, with HTTP 500 for example: it cannot tell us now, but its
+    # surveys told its meetings
     failed: Sequence[Server] = ()
 
 
@@ -1233,7 +1245,8 @@ class Directory:
                 return
             meeting = Meeting(info, server, self.clock(), asked)
             if known and known.server is not server:
-                # of two meetings the newer one counts; but a claim stays
+                # of two meetings the newer one counts. But a create on its way stays; so does a
+                # server that may have the meeting, unless that is lost
                 is_kept = known.is_claim or known.info.created > info.created
                 if known.sending or (is_kept and not self.is_lost(known.server)):
                     return
@@ -1243,10 +1256,11 @@ class Directory:
                 if known.info.created == info.created:
                     meeting.first_heard = known.first_heard
             self.meetings[info.meeting_id] = meeting
-            # not in the place of a meeting that has this for its meetingID
+            # it is found by its internal ID, too, but if that is the meetingID of another meeting
             alias = self.meetings.get(info.internal_id, meeting)
             if info.internal_id and alias.info.meeting_id != info.internal_id:
-                # creates are counted by meetingID alone
+                # creates are counted by meetingID alone. (Who creates a meeting by the internal ID
+                # of another one loses the claim here; no front end does)
                 self.meetings[info.internal_id] = replace(meeting, sending=0)
 
     def forget(self, server: Server, meeting_id: str, asked: float) -> None:
@@ -1282,7 +1296,8 @@ class Directory:
             self.note_twins(server, listed.keys())
             server.listed = listed
             server.surveyed = asked
-            # old ones go: what was asked before them has been answered by now, or never will be
+            # old ones go. They guard against a yes that was asked for earlier and comes later: no
+            # question about meetings takes so long
             recent = {key: when for key, when in self.denials.items() if asked - when < MEETING_TTL}
             self.denials = recent
         server.note_up(asked)
@@ -1297,12 +1312,13 @@ class Directory:
             if not on:
                 continue
             twins.add(meeting_id)
-            if meeting_id not in self.twins():
+            # unless the survey of the other server has warned of it
+            if meeting_id not in self.all_twins():
                 both = " and ".join([str(server), *on])
                 log.warning("meeting %.300r runs on %s: the newer one counts", meeting_id, both)
         server.twins = twins
 
-    def twins(self) -> set[str]:
+    def all_twins(self) -> set[str]:
         """The meetings that run on two servers."""
         up = [server for server in self.servers if server.is_up]
         return {meeting_id for server in up for meeting_id in server.twins}
@@ -1334,10 +1350,10 @@ class Directory:
         return known is not None and known.asked >= since and not self.is_lost(known.server)
 
     def claim_known(self, meeting_id: str, tried: Collection[Server]) -> tuple[Server, str] | None:
-        """The server for a create if nobody need be asked for the meeting, and why. It has a claim.
+        """The server for a create, and why, if no server need be asked for the meeting; else None.
 
-        So it is if another create is on its way there, or if the server told not long ago that it
-        has the meeting. None if the servers must be asked. Raises as `claim`.
+        No server need be asked if another create is on its way to the meeting's server, or if that
+        told not long ago that it has the meeting. The server gets a claim. Raises as `claim`.
         """
         with self.lock:
             server, why = self.home(meeting_id)
@@ -1346,7 +1362,7 @@ class Directory:
             if server.is_down or server in tried:
                 raise Unavailable(f"{server} (held)")
             is_fresh = self.was_seen(meeting_id, self.clock() - MEETING_TTL)
-            # what has ended on a cordoned server begins elsewhere, so that one is asked
+            # a cordoned server is always asked: what has ended there must begin elsewhere
             is_sure = is_fresh and not server.entry.cordoned
             known = self.meetings[meeting_id]
             if not known.sending and not is_sure:
@@ -1402,8 +1418,8 @@ class Directory:
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known is None:
-                # its meetingID was another meeting's internal ID, too, and that was forgotten. What
-                # it began is found by the next survey
+                # another meeting whose internal ID is this meetingID has taken its place, and was
+                # forgotten. The meeting that the create began is found by the next survey
                 return
             known.sending = max(0, known.sending - 1)
             if info:
@@ -1479,10 +1495,11 @@ class Directory:
         def ask_one(server: Server) -> None:
             answer = None
             try:
-                # a copy, for the server's own note
+                # a copy, for the server's own note. It has its own time: who comes too late for us
+                # still shows whether the server is up
                 answer = server.call(replace(call), "asked")
             except Unavailable:
-                # it is in the log
+                # Server.failed has logged it, if it is news
                 pass
             except Exception as error:
                 # whatever it is, what the others say counts
@@ -1545,7 +1562,7 @@ class Directory:
         return probe
 
     def wait_until_known(self) -> None:
-        """Wait until the first list of each server has been read, or it has failed once."""
+        """Wait until the first list of each server has been read, or it is down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while any(not server.surveyed and not server.is_down for server in self.servers):
             if time.monotonic() > deadline:
@@ -1575,7 +1592,8 @@ class Directory:
                 if self.was_seen(meeting_id, probe.asked):
                     why = "probed"
             if server is None and not probe.denied:
-                raise Unavailable()
+                # to say that it is nowhere, somebody must have said no
+                raise Unavailable("no server gives a usable answer")
         if server is not None and server.is_down:
             raise Unavailable(f"{server} (held)")
         return server, why
@@ -1591,7 +1609,8 @@ def survey(directory: Directory, server: Server) -> None:
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
-        # not `asked`: it has answered that, and note_down believes nothing older than an answer
+        # the time is not `asked`: Server.ask noted that it answered what was asked a moment later,
+        # so note_down would take this for old news
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     was_up = server.is_up
@@ -1615,7 +1634,7 @@ def watch(directory: Directory, server: Server) -> None:
         try:
             survey(directory, server)
         except Unavailable:
-            # it is in the log
+            # Server.failed has logged it, if it is news
             pass
         except Exception as error:
             # whatever it is, there must be a next survey
@@ -1629,8 +1648,9 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section of BBB's. One that a typed name begins would reach beyond its element, and what is
-# around that: so none is taken that has such an end, or the begin of another section, in it.
+# A CDATA section that BBB wrote. A user can type "<![CDATA[" into a name, too: such a false section
+# would run past the end of its element. So a section is taken only if there is no end of one of
+# these elements in it, and no begin of another section.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
     r"|<!\[CDATA\[).)*?)\]\]>",
@@ -1654,7 +1674,8 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # a section that is left, or an instruction, was begun by a typed name, and may hide the end of
-    # an element
+    # an element. (A comment cannot: the end of the element that began it has a "--" in it, which no
+    # parser takes in a comment)
     if "<![CDATA[" not in text and "<?" not in text:
         with contextlib.suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -1728,7 +1749,8 @@ class ListShape(NamedTuple):
 
     tag: str
     item: str
-    # what tells one item from another, and what is the greater the newer it is; "": nothing does
+    # the element that tells one item from another, and the one that is the greater the newer it is;
+    # "" if there is none: an element of that name is never found
     identity: str
     newest: str
     # what stands in the answer if there is nothing, to the letter, typing errors too
@@ -1767,19 +1789,20 @@ LISTS = {
 def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     """The items of a server's list; None if the answer has no such list."""
     if answer.status == 404:
-        # only of hooks/list such an answer comes so far: BBB is there, but has no webhooks
+        # only a 404 to hooks/list gets here, as that is not is_xml in ROUTES: a BBB without
+        # webhooks
         return []
     root, is_whole = parse(answer)
     found = root.find(shape.tag)
     if found is None:
         return None
     items = found.findall(shape.item)
-    # what a list had to be mended for may have cost some of its items. Of meetings the others count
-    # all the same; but nobody types names into a list of hooks, and a recording that is lost would
-    # be taken for deleted
+    # Where a list was mended, some items may be lost. Of meetings the others count all the same.
+    # But a lost recording would be taken for deleted; and into a list of hooks nobody types names,
+    # so if that must be mended it is broken
     has_lost_some = answer.body.count(f"<{shape.item}>".encode()) != len(items)
-    is_broken = shape.item == "hook" or (shape.item == "recording" and has_lost_some)
-    return None if is_broken and not is_whole else items
+    must_be_whole = shape.item == "hook" or (shape.item == "recording" and has_lost_some)
+    return None if must_be_whole and not is_whole else items
 
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
@@ -1856,8 +1879,8 @@ def create_on(
 def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tuple[Server, str]:
     """The server for a create that was tried on these in vain, and why that one. It has a claim.
 
-    A new place is one of the servers that just answered, and did not say that they have it; a
-    breakout room's is its parent's. Raises Unavailable if there is none.
+    A new place is one of the servers that reacted to the probe in time, with a no or with an answer
+    that is not usable; a breakout room's is its parent's. Raises Unavailable if there is none.
     """
     placed = directory.claim_known(call.meeting_id, tried)
     if placed:
@@ -1868,8 +1891,8 @@ def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tup
         raise Unavailable(f"{parent} (parent's)")
     directory.wait_until_known()
     probe = directory.probe(call.meeting_id)
-    answered = [*probe.denied, *probe.failed]
-    able = [server for server in answered if server.is_able and server not in tried]
+    reacted = [*probe.denied, *probe.failed]
+    able = [server for server in reacted if server.is_able and server not in tried]
     # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
     best = [server for server in able if not server.doubts and server.took < SLOW]
     return directory.claim(call.meeting_id, tried, probe, best or able, parent)
@@ -1891,7 +1914,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
         if server is None:
             lost = directory.meetings.get(call.meeting_id)
             if lost and lost.server.is_down and call.wants_html:
-                # nothing newer is known: the pupil must not be lost
+                # the pupil waits on the retry page for the room, instead of "no such meeting"
                 raise Unavailable(f"{lost.server} (down for long)")
             server = directory.any_up()
     except Unavailable as error:
@@ -1932,9 +1955,10 @@ def is_denial(call: ApiCall, answer: Answer) -> bool:
 
 
 def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Answer:
-    """A call about no meeting that we know: to the first server that can be reached.
+    """A call about no meeting that we know: to the first server that is up, for BBB's own answer.
 
-    So the answer is BBB's own.
+    If that cannot be reached, to the next one, unless it took so long that the caller would wait
+    for a second silent server.
     """
     deadline = directory.clock() + CONNECT_TIMEOUT
     failure = Unavailable()
@@ -1974,7 +1998,7 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
         return answers
     failure = Unavailable(call.note)
     if len(refusals) == len(directory.servers):
-        # it is passed on, and called in the log what it is
+        # BBB's own words are passed on; and the log says failed, not serverUnavailable
         failure.page = refusals[0]
         failure.key = "failed"
     raise failure
@@ -2034,9 +2058,10 @@ def ask_recordings(
     So it is if each server gave its list, or each recordID asked for is in those of the others. A
     front end takes what a SUCCESS lacks for deleted. Raises Unavailable as ask_lists does.
     """
-    asked = ApiCall("getRecordings", query, content_type=call.content_type)
-    lists = ask_lists(directory, asked)
-    call.note = asked.note
+    # with its content type, so that a long form stays a form
+    question = ApiCall("getRecordings", query, content_type=call.content_type)
+    lists = ask_lists(directory, question)
+    call.note = question.note
     ids = record_ids(call)
     found = set().union(*map(ids_in, lists.values()))
     has_all = bool(ids) and ids <= found
@@ -2193,13 +2218,13 @@ ROUTES = {
     "publishRecordings": Route(relay_recording),
     "deleteRecordings": Route(relay_recording),
     "updateRecordings": Route(relay_recording),
-    "getRecordingTextTracks": Route(relay_recording, is_xml=False),
+    "getRecordingTextTracks": Route(relay_recording, is_read=True, is_xml=False),
     "putRecordingTextTrack": Route(relay_recording, is_xml=False),
     "hooks/create": Route(create_hook),
-    "hooks/list": Route(relay_list, is_xml=False),
+    "hooks/list": Route(relay_list, is_read=True, is_xml=False),
     "hooks/destroy": Route(destroy_hook),
 }
-# Calls that do not exist yet.
+# Calls that are not in the table, such as those that do not exist yet.
 OTHER_CALL = Route(relay, is_xml=False)
 
 # ==== Part III: for the admin =====================================================================
@@ -2317,7 +2342,8 @@ def people_on(server: Server) -> int:
     return sum(info.participants for info in rooms)
 
 
-# The names of our figures without "tinyscale_", and what they mean. No name begins with another.
+# The names of our figures without "tinyscale_", and what they mean. None may begin with another
+# one, as metrics finds the values by how their names begin.
 FIGURES = {
     "info": "The version.",
     "start_time_seconds": "When it was started.",
@@ -2337,7 +2363,7 @@ def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) 
     # who has no secret could make up thousands of names
     name = call.name if call.name in ROUTES else "other"
     labels = f'{{call="{name}",outcome="{outcome}"}}'
-    # behind the one lock that there is: += is not one step
+    # += is not one step, so it needs a lock: there is one
     with balancer.directory.lock:
         balancer.totals["call_seconds_count" + labels] += 1
         balancer.totals["call_seconds_sum" + labels] += seconds
@@ -2345,12 +2371,13 @@ def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) 
 
 def metrics(balancer: Balancer) -> Answer:
     """Figures for Prometheus, in its text format."""
+    # a copy, which is made in one step
     values = dict(balancer.totals)
     values[f'info{{version="{__version__}"}}'] = 1
     age = time.monotonic() - balancer.started
     values["start_time_seconds"] = time.time() - age
     values["settings_ok"] = not balancer.mistake
-    values["twin_meetings"] = len(balancer.directory.twins())
+    values["twin_meetings"] = len(balancer.directory.all_twins())
     for server in balancer.directory.servers:
         label = f'{{server="{server}"}}'
         values["server_up" + label] = server.is_up
@@ -2562,7 +2589,7 @@ def base_url(host: object) -> str:
 
 
 def is_secret(value: object) -> bool:
-    """Whether it may be a secret: printable, not blank, without quotes or NAME= before it."""
+    """Whether it may be a secret: printable, not blank, no quote or TINYSCALE_... before it."""
     text = str(value).strip()
     is_bare = text.isprintable() and not re.match("$|[\"']|TINYSCALE_", text)
     return isinstance(value, str) and is_bare
@@ -2635,13 +2662,13 @@ def read_entry(where: str, item: Any) -> Entry:
 def shown(name: str, value: object) -> str:
     """What was found in an entry, for a message; "" if that may be a secret."""
     text = json.dumps(value)
-    # any value may be a secret in the wrong place; but bbb-conf's have only letters and digits, and
-    # are long
+    # a secret may stand under a wrong key. The secrets of BBB are long, and have only letters and
+    # digits: so neither an address with a "." or ":" is one, nor what is short
     is_address = name == "host" and re.search("[.:]", text)
     is_short = name not in ("host", "secret") and len(text) <= 20
-    # or it is in a list, or in a URL before its @
-    may_hold_it = re.search(r"^[\[{]|@", text)
-    if may_hold_it or not (is_address or is_short):
+    # but a secret may be in a list or an object, or before the @ of a URL
+    may_hold_one = re.search(r"^[\[{]|@", text)
+    if may_hold_one or not (is_address or is_short):
         return ""
     return f", not {text[:99]}"
 
@@ -2728,11 +2755,11 @@ def is_journal(stream: str) -> bool:
 
 
 def read_settings(environment: Mapping[str, str], needs_servers: bool = True) -> Settings:
-    """All settings: the only place that looks at the environment.
+    """All settings: the only place that looks at the environment, with two exceptions.
 
-    But for OpenSSL, which reads SSL_CERT_FILE and SSL_CERT_DIR (Python's debugging aid
-    SSLKEYLOGFILE writes its keys to a file: leave it unset), and main, which words a mistake for
-    the journal.
+    OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR. main reads JOURNAL_STREAM, to print a mistake in
+    the form that the journal wants. (Python has a debugging aid, SSLKEYLOGFILE, which writes TLS
+    keys to a file: leave it unset.)
 
     Raises SettingsError.
     """
@@ -2875,7 +2902,7 @@ def begin_log(settings: Settings) -> LogHandler:
 
 def end_log(handler: LogHandler) -> None:
     """Wait a second at most until the log is written: its reader may be gone."""
-    # not before: it would be lost, too
+    # told only now: while the queue was full, this line would have been lost, too
     if handler.lost:
         log.warning("%d lines of the log were lost: nobody read them", handler.lost)
     begin(handler.queue.join).join(1)  # type: ignore[attr-defined]
@@ -2902,7 +2929,7 @@ def connection_limit() -> int:
 
 
 def begin(job: Callable[..., None], *arguments: object) -> threading.Thread:
-    """Do something in a thread of its own, which holds up no end of the program."""
+    """Do something in a thread of its own, for which the end of the program does not wait."""
     thread = threading.Thread(target=job, args=arguments, daemon=True)
     thread.start()
     return thread
@@ -2963,7 +2990,8 @@ def is_busy(balancer: Balancer) -> bool:
 
 def drain(balancer: Balancer) -> None:
     """Take no more connections, and wait for the calls in progress."""
-    # who comes now waits in the queue: else the accepting thread would wait for room
+    # no limit from now on: who still comes waits in the pool's queue, and process_request does not
+    # stay in its loop, for which shutdown would wait
     balancer.limit = sys.maxsize
     balancer.shutdown()
     deadline = time.monotonic() + 1
