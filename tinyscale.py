@@ -94,14 +94,16 @@ MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
 MAX_ANSWER = 32 * 1024 * 1024
+# Parameters of a call, many more than any has: each costs time before its checksum is verified.
+MAX_PARAMETERS = 1000
 # The longest query that a form is sent on as, in a URL, which every version of BBB takes: nginx and
 # Tomcat refuse URLs of 8 KiB. A longer form is sent on as a form.
 MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart: the caller chooses. With SHA-1, too, nobody can
-# find a checksum without the secret.
+# By their length in hex, as BBB tells them apart: the caller chooses. SHA-1 is weak where somebody
+# can choose two texts with one digest; but here a front end would have to sign one of them.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -142,7 +144,7 @@ class Settings:
     is_journal: bool
     # what is not right, but no reason to refuse
     warnings: Sequence[str]
-    # the stamp of each file that was read: it changes when the file does
+    # the stamp of each file when it was read last: it changes when the file does
     stamps: dict[str, str]
 
 
@@ -180,12 +182,14 @@ def verify(
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
     knows the checksum of a call without parameters can send any form with it; BBB has it so, too.
-    Only a front end knows such a checksum, or who reads queries in the log of a proxy: log none.
-    Raises ApiError if the checksum is missing, wrong or repeated.
+    Only a front end knows such a checksum, or who reads queries in the log of a proxy; a guest does
+    not, as a join has parameters. Raises ApiError if the checksum is missing, wrong or repeated.
     """
     refused = ApiError("checksumError", "Checksums do not match")
     params: dict[str, str] = {}
     parts = query.split("&")
+    if len(parts) > MAX_PARAMETERS:
+        raise refused
     # not by parse_qsl: some versions of it take a semicolon for a separator
     for part in parts:
         raw_name, _, raw_value = part.partition("=")
@@ -198,7 +202,7 @@ def verify(
 
     given = params.get("checksum", "")
     algorithm = ALGORITHMS.get(len(given))
-    # written as check%73um= it would be none to BBB
+    # as BBB, we do not take it for a checksum if its name is written as check%73um
     if algorithm is None or f"checksum={given}" not in parts:
         raise refused
     unsigned = without(query, "checksum")
@@ -251,7 +255,8 @@ class ApiError(Exception):
     status: int = 200
     # for the log: which server it is about, and why that one
     note: str = ""
-    # what the caller gets instead of `answer`: a page for a browser, or what all servers say
+    # what the caller gets instead of `answer`, made elsewhere: a page for a browser, or what all
+    # servers answered
     page: Answer | None = None
 
     def answer(self) -> Answer:
@@ -317,7 +322,8 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # matter of form. The chain, the name and the dates are verified all the same.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
-# The fields of an answer that are passed on.
+# The fields of an answer that are passed on, for a join with redirect=false: BBB sets a cookie
+# there. So a server can set one for our name, too.
 PASSED_ON = ("content-type", "location", "set-cookie")
 
 
@@ -341,8 +347,9 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # never used, only kept: when the server wants the connection to end, http.client closes it
-        # before the body has been read. The socket stays open as long as a file on it exists
+        # http.client's own file on the socket: never used, only kept. http.client may close the
+        # connection before the body has been read; the socket stays open while a file is on it. But
+        # it counts only files that it made, so we need this one, and close in its place
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -368,7 +375,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, entry: Entry) -> None:
         # HTTPSHandler's: HTTPHandler has none
         super().__init__(context=TRUST)
-        # replaced as a whole when servers.json changes
+        # replaced as a whole when servers.json changes, but always one with the same host
         self.entry = entry
         # the end of its certificate, as time.time; 0 if that is not known
         self.certificate_end = 0.0
@@ -423,6 +430,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             for name, value in response.getheaders()
             if value and name.lower() in PASSED_ON
         )
+        # a script of a hostile server does not run under our name
+        fields += (("Content-Security-Policy", "sandbox"),)
         return Answer(response.status, request.received, fields)
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
@@ -442,8 +451,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 raise
             raise urllib.error.URLError(error) from error
         if req.type == "https":
-            end = fresh.sock.getpeercert()["notAfter"]
-            self.certificate_end = ssl.cert_time_to_seconds(end)
+            self.certificate_end = ssl.cert_time_to_seconds(fresh.sock.getpeercert()["notAfter"])
         return self.exchange(fresh, req)
 
     def take(self) -> http.client.HTTPConnection | None:
@@ -591,14 +599,16 @@ class Handler:
         self.request = request
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting: for its head, then to take its answer; NEVER: we
-        # work for it, or it sends slides after a right checksum, and may stay
+        # since when the client keeps us waiting: for its head, then to take its answer. NEVER, so
+        # it may stay: we work for its call, a guest's join too; or it sends slides after a right
+        # checksum
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
         # what has been received, and is not used yet
         self.buffer = b""
-        # the length of its body, once we read that; so it is less than head.length if we do not
+        # the length of its body, from when we begin to read that to the end, for read_body to
+        # count; 0 if it is refused unread, for respond to see
         self.reserved = 0
 
     def serve(self) -> None:
@@ -647,8 +657,8 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # what lies ready when we first look is not late, of a head or of a body that came apart from
-        # it: our machine may have been paused
+        # what lies ready when we first look is not late, of a head or of a body that came apart
+        # from it: our machine may have been paused
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -711,12 +721,14 @@ class Handler:
         Raises ApiError.
         """
         query = self.head.query
-        # a HEAD must not create; and every guest knows a checksum of a join, so of that no body is
-        # read
+        # a HEAD must not create
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
+        # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
+        # slowly
         has_body = self.head.length > 0 and call.name != "join"
-        is_form = has_body and media_type == FORM and not without(query, "checksum")
+        # a form is the query of a URL that has none, but for the checksum
+        is_form = has_body and media_type == FORM and not re.sub("^checksum=[^&]*$", "", query)
         if is_form:
             call.content_type = FORM
             form = self.read_body(MAX_HEAD).decode("latin-1")
@@ -735,7 +747,9 @@ class Handler:
 
         Raises ApiError.
         """
-        # some clients label their XML as a form
+        # what is in a body is not signed, so no parameters may be there: of a call with a query a
+        # form is refused. But some clients label their XML as a form. (What BBB makes of the fields
+        # of multipart is its own matter: only who has a right query can send them)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -774,7 +788,8 @@ class Handler:
         """Write a line in the log, even for a client that is gone; then the answer.
 
         The line has the call, meetingID, server (else the path that was not found, or the caller's
-        address), outcome, status and time: no query, no name.
+        address), outcome, status and time: no query, and no name of a person or a room. The name of
+        a call that was not verified may be any letters.
         """
         seconds = time.monotonic() - self.started
         if self.head.path not in PAGES:
@@ -792,8 +807,10 @@ class Handler:
         head = f"HTTP/1.1 {answer.status} {http.client.responses.get(answer.status, '')}\r\n"
         for name, value in answer.headers:
             head += f"{name}: {value}\r\n"
-        head += f"Date: {email.utils.formatdate(usegmt=True)}\r\n"
-        head += f"Content-Length: {len(answer.body)}\r\nConnection: close\r\n\r\n"
+        head += (
+            f"Date: {email.utils.formatdate(usegmt=True)}\r\n"
+            f"Content-Length: {len(answer.body)}\r\nConnection: close\r\n\r\n"
+        )
         body = b"" if self.head.method == "HEAD" else answer.body
         # now we wait for the client again, to take the answer
         self.waiting_since = time.monotonic()
@@ -840,9 +857,8 @@ class Balancer(http.server.ThreadingHTTPServer):
         self.settings = settings
         self.directory = directory
         self.started = time.monotonic()
-        # what is wrong with the settings on disk; and their files when we last read them
+        # what is wrong with the settings on disk
         self.mistake = ""
-        self.seen_stamps = settings.stamps
         # one for each connection, and how many there may be
         self.handlers: set[Handler] = set()
         self.limit = limit
@@ -859,8 +875,8 @@ class Balancer(http.server.ThreadingHTTPServer):
             self.close_slowest()
         handler = Handler(self, request, client_address[0])
         self.handlers.add(handler)
-        # submit queues it, then begins a thread; if the system allows no more (RuntimeError), one
-        # that runs will serve it
+        # submit puts it into the pool's queue, and then begins a thread. If the system allows no
+        # more threads (RuntimeError), one of those that run will take it from there
         with contextlib.suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
@@ -1661,6 +1677,9 @@ CUSTOM = ("customdata", "metadata")
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
 MAX_DEPTH = 30
 TOO_DEEP = "/".join("*" * MAX_DEPTH)
+# In the longest list of recordings that an answer can hold there are fewer. Tiny elements would
+# make gigabytes of it.
+MAX_TAGS = 2_000_000
 
 
 def parse(answer: Answer) -> tuple[ET.Element, bool]:
@@ -1668,7 +1687,7 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 
     It is not if something in it had to be mended.
     """
-    if not RETURNCODE.match(answer.body):
+    if not RETURNCODE.match(answer.body) or answer.body.count(b"<") > MAX_TAGS:
         return ET.Element("response"), False
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
@@ -2544,6 +2563,10 @@ VARIABLES = {
 }
 
 
+# A secret of the front ends with fewer characters is warned of.
+MIN_SECRET = 20
+
+
 class SettingsError(Exception):
     """A mistake in the settings: one line that says where, what was found, and the mend."""
 
@@ -2650,7 +2673,8 @@ def read_entry(where: str, item: Any) -> Entry:
         where = f"{where} ({host})"
     # each name once, and first those that must be there
     for name in dict.fromkeys(["host", "secret", *item]):
-        key = f"{where}: {json.dumps(name):.99}"
+        # cut, as it could be a secret in the wrong place
+        key = f"{where}: {json.dumps(name):.20}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
@@ -2722,12 +2746,20 @@ def has_expired(pem: str) -> bool:
 
 
 def read_warnings(
-    given: Mapping[str, str], secret_files: Iterable[str], is_socket_unit: bool
+    given: Mapping[str, str],
+    secrets: Iterable[str],
+    secret_files: Iterable[str],
+    is_socket_unit: bool,
 ) -> Iterator[str]:
     """What is not right, but no reason to refuse."""
     for name in given:
         if name.startswith("TINYSCALE_") and name not in VARIABLES:
             yield f"{name} is no setting of tinyscale. Known are {', '.join(VARIABLES)}."
+    if min(map(len, secrets)) < MIN_SECRET:
+        yield (
+            "TINYSCALE_SECRET: a short secret can be guessed by who has a join link. "
+            "Take one like this: openssl rand -hex 32"
+        )
     for path in secret_files:
         if os.path.isfile(path) and os.stat(path).st_mode & 0o006:
             yield f"{path} holds secrets, but is open to everyone. Mend it with: chmod o-rw {path}"
@@ -2800,7 +2832,7 @@ def read_settings(environment: Mapping[str, str], needs_servers: bool = True) ->
     tls = read_tls(given["TINYSCALE_CERT"], given["TINYSCALE_KEY"])
     has_journal = is_journal(given["JOURNAL_STREAM"])
     # last: by then the files can be read
-    warnings = list(read_warnings(given, secret_files, is_socket_unit))
+    warnings = list(read_warnings(given, secrets, secret_files, is_socket_unit))
     return Settings(
         entries,
         secrets,
@@ -2951,12 +2983,13 @@ def reload(balancer: Balancer, environment: Mapping[str, str], is_forced: bool) 
     All of them count, or, if there is a mistake, none.
     """
     stamps = {path: stamp(path) for path in balancer.settings.stamps}
-    if stamps == balancer.seen_stamps and not is_forced:
+    if stamps == balancer.settings.stamps and not is_forced:
         return
-    balancer.seen_stamps = stamps
     try:
         settings = read_settings(environment)
     except SettingsError as error:
+        # the next look tells no mistake a second time
+        balancer.settings = replace(balancer.settings, stamps=stamps)
         balancer.mistake = str(error)
         log.error("%s The settings stay as they were; a restart would fail.", error)
         return
