@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import contextlib
 import email.utils
 import errno
 import hashlib
@@ -62,6 +61,7 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ET
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import quote_plus, unquote_plus
@@ -82,7 +82,8 @@ HEAD_TIMEOUT = 10
 # After that a client may be slow, but not silent for longer. A proxy before us gives up first:
 # nginx waits 60.
 SILENCE_TIMEOUT = 75
-# Connections that are kept to a server, and for how long: BBB's nginx closes them after 75 s.
+# Connections that are kept to a server, and how old they may be: BBB's nginx closes idle ones after
+# 75 s, and its address may change.
 MAX_KEPT = 32
 KEPT_FOR = 30
 # The head of a request, or a form.
@@ -379,9 +380,9 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.entry = entry
         # the end of its certificate, as time.time; 0 if that is not known
         self.certificate_end = 0.0
-        # connections for the next calls, and since when; to append and to pop is one step in
-        # Python, so many threads may
-        self.kept: list[tuple[float, http.client.HTTPConnection]] = []
+        # connections for the next calls; to append and to pop is one step in Python, so many
+        # threads may
+        self.kept: list[Any] = []
         # an opener that has this handler alone, and is self.parent from now on. The usual one would
         # follow redirects, use the proxies of the environment, and raise for a status from 400 on
         urllib.request.OpenerDirector().add_handler(self)
@@ -430,15 +431,18 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             for name, value in response.getheaders()
             if value and name.lower() in PASSED_ON
         )
-        # a script of a hostile server does not run under our name
-        fields += (("Content-Security-Policy", "sandbox"),)
-        return Answer(response.status, request.received, fields)
+        return Answer(
+            response.status,
+            request.received,
+            # so no script of a hostile server runs under our name
+            (*fields, ("Content-Security-Policy", "sandbox")),
+        )
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
         """What urllib calls to send a request. As its own, but a kept connection comes first."""
         kept = self.take() if req.may_repeat else None
         if kept is not None:
-            with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
+            with suppress(ConnectionError, ssl.SSLEOFError):
                 return self.exchange(kept, req)
             req.was_repeated = True
         fresh = http_class(req.host, timeout=CONNECT_TIMEOUT, **options)
@@ -450,19 +454,22 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 # it may have been carried out the first time, so this is no URLError
                 raise
             raise urllib.error.URLError(error) from error
+        fresh.opened = time.monotonic()
         if req.type == "https":
             self.certificate_end = ssl.cert_time_to_seconds(fresh.sock.getpeercert()["notAfter"])
         return self.exchange(fresh, req)
 
-    def take(self) -> http.client.HTTPConnection | None:
+    def take(self) -> Any:
         """A kept connection that is still good: nothing can be read from it, not even its end.
 
-        The oldest first: an old one is closed only here, so it must have its turn.
+        The oldest first: an old one is closed only here, so it must have its turn. None if there is
+        none.
         """
-        with contextlib.suppress(IndexError):
+        with suppress(IndexError):
             while True:
-                since, connection = self.kept.pop(0)
-                if time.monotonic() - since < KEPT_FOR and not is_readable(connection.sock):
+                connection = self.kept.pop(0)
+                is_young = time.monotonic() - connection.opened < KEPT_FOR
+                if is_young and not is_readable(connection.sock):
                     return connection
                 connection.close()
         return None
@@ -480,7 +487,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         connection.sock.settimeout(request.timeout)
         try:
             # a server may refuse a body half way: its answer is there all the same
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
+            with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                 connection.request(
                     request.get_method(),
                     request.selector,
@@ -496,7 +503,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         if connection.sock is None or response.status < 200 or len(self.kept) >= MAX_KEPT:
             connection.close()
         else:
-            self.kept.append((time.monotonic(), connection))
+            self.kept.append(connection)
         return response
 
 
@@ -582,10 +589,10 @@ def log_error(where: str, error: BaseException) -> None:
     if isinstance(error, OSError):
         # of TLS it is the reason that tells
         reason = getattr(error, "reason", "") or error.strerror or type(error).__name__
-        log.info("%s broke off: %s", where, reason)
+        log.info(f"{where} broke off: {reason}")
     else:
         lines = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s failed with %s. Please report this:\n%s", where, type(error).__name__, lines)
+        log.error(f"{where} failed with {type(error).__name__}. Please report this:\n{lines}")
 
 
 class Handler:
@@ -796,19 +803,14 @@ class Handler:
             count_call(self.server, self.call, outcome, seconds)
         if self.head.path not in PAGES or answer.status >= 400:
             log.info(
-                "%.99s %.300r %s %s %d %.0f ms",
-                self.call.name,
-                self.call.meeting_id,
-                self.call.note or self.address,
-                outcome,
-                answer.status,
-                1000 * seconds,
+                f"{self.call.name:.99} {self.call.meeting_id!r:.300} "
+                f"{self.call.note or self.address} "
+                f"{outcome} {answer.status} {1000 * seconds:.0f} ms"
             )
-        head = f"HTTP/1.1 {answer.status} {http.client.responses.get(answer.status, '')}\r\n"
-        for name, value in answer.headers:
-            head += f"{name}: {value}\r\n"
-        head += (
-            f"Date: {email.utils.formatdate(usegmt=True)}\r\n"
+        fields = "".join(f"{name}: {value}\r\n" for name, value in answer.headers)
+        head = (
+            f"HTTP/1.1 {answer.status} {http.client.responses.get(answer.status, '')}\r\n"
+            f"{fields}Date: {email.utils.formatdate(usegmt=True)}\r\n"
             f"Content-Length: {len(answer.body)}\r\nConnection: close\r\n\r\n"
         )
         body = b"" if self.head.method == "HEAD" else answer.body
@@ -817,6 +819,8 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
+            # as if it had come just now: a stop does not wait for it, see is_busy
+            self.started = self.waiting_since
             self.linger()
 
     def send(self, data: bytes) -> None:
@@ -834,7 +838,7 @@ class Handler:
 
     def linger(self) -> None:
         """Read what a client still sends, and drop it: else it sees a reset, not the answer."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             # not SSLSocket's, which forgets its TLS and would read on in clear text
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             while time.monotonic() < self.waiting_since + HEAD_TIMEOUT:
@@ -877,7 +881,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         self.handlers.add(handler)
         # submit puts it into the pool's queue, and then begins a thread. If the system allows no
         # more threads (RuntimeError), one of those that run will take it from there
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
     def close_slowest(self) -> None:
@@ -888,7 +892,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
             # not SSLSocket's, see Handler.linger
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)
         time.sleep(0.001)
 
@@ -996,6 +1000,8 @@ class Server(Connections):
         # after a create failed there: good surveys until it is as good as the others for new
         # meetings
         self.doubts = 0
+        # whether its first survey has ended, in whatever way
+        self.was_asked = False
         # its last survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1035,8 +1041,7 @@ class Server(Connections):
     def ask(self, call: ApiCall, timeout: float = 0) -> Answer:
         """As `call`, but without its limit, so that a survey is always sent."""
         asked = time.monotonic()
-        is_long = bool(call.body) or call.route.is_long
-        seconds = timeout or (LONG_TIMEOUT if is_long else ANSWER_TIMEOUT)
+        seconds = timeout or (LONG_TIMEOUT if call.body or call.route.is_long else ANSWER_TIMEOUT)
         request = self.sign_again(call)
         try:
             answer = self.send(request, seconds)
@@ -1049,6 +1054,7 @@ class Server(Connections):
             reason = f"broken answer: {type(error).__name__}"
             if isinstance(error, socket.timeout):
                 reason = f"no answer in {seconds:.0f} s"
+            self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode == "FAILED" and not call.route.is_read:
             raise Unavailable(f"{self} (it refused a repeat)")
@@ -1064,6 +1070,12 @@ class Server(Connections):
             # not a list of recordings, for example, which takes its time
             self.took = time.monotonic() - asked
         return answer
+
+    def close_kept(self) -> None:
+        """Close the kept connections: if one broke or was silent, the others may be dead, too."""
+        with suppress(IndexError):
+            while True:
+                self.kept.pop().close()
 
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
         """Raise Unavailable, or Unreachable, if this is no usable answer to the call."""
@@ -1113,7 +1125,7 @@ class Server(Connections):
             self.note_down(reason, asked)
         elif self.reason != reason:
             # warned of once: the calls that fail are in the log anyway
-            log.warning("%s failed at %s: %s", self, call.name, reason)
+            log.warning(f"{self} failed at {call.name}: {reason}")
             self.reason = reason
         return error(f"{self} ({reason})")
 
@@ -1122,7 +1134,7 @@ class Server(Connections):
         if self.answered > asked:
             return
         if not self.is_down or self.reason != reason:
-            log.warning("%s is down: %s", self, reason)
+            log.warning(f"{self} is down: {reason}")
         self.reason = reason
         if not self.is_down:
             # in this order: who sees it down must not see an old time
@@ -1139,10 +1151,23 @@ class Server(Connections):
             return
         self.doubts = max(0, self.doubts - 1)
         if not self.is_up:
-            log.info("%s is up", self)
+            log.info(f"{self} is up")
             self.since = time.monotonic()
             self.state = "up"
             self.reason = ""
+
+
+def attempt(what: str, job: Callable[..., Any], *arguments: object) -> Any:
+    """What a job returns; None if it fails, for a thread that must go on whatever happens."""
+    try:
+        return job(*arguments)
+    except Unavailable:
+        # Server.failed has logged it, if it is news
+        return None
+    except Exception as error:
+        # the other servers' answers, the next survey and the next look at the settings count on us
+        log_error(what, error)
+        return None
 
 
 def is_of_server(error: object) -> bool:
@@ -1210,6 +1235,8 @@ class Directory:
         self.servers: list[Server] = []
         self.placement = "turn"
         self.turn = 0
+        # when the first server came up after a time when none was: its outage was our network's
+        self.recovered = -NEVER
         # who was given the last new meeting, and how many in a row
         self.last: Server | None = None
         self.in_a_row = 0
@@ -1316,6 +1343,8 @@ class Directory:
             # question about meetings takes so long
             recent = {key: when for key, when in self.denials.items() if asked - when < MEETING_TTL}
             self.denials = recent
+            if not any(server.is_up for server in self.servers):
+                self.recovered = self.clock()
         server.note_up(asked)
 
     def note_twins(self, server: Server, listed: Collection[str]) -> None:
@@ -1331,7 +1360,7 @@ class Directory:
             # unless the survey of the other server has warned of it
             if meeting_id not in self.all_twins():
                 both = " and ".join([str(server), *on])
-                log.warning("meeting %.300r runs on %s: the newer one counts", meeting_id, both)
+                log.warning(f"meeting {meeting_id!r:.300} runs on {both}: the newer one counts")
         server.twins = twins
 
     def all_twins(self) -> set[str]:
@@ -1344,10 +1373,12 @@ class Directory:
     def is_lost(self, server: Server) -> bool:
         """Whether the server's meetings may begin anew elsewhere.
 
-        It was taken out of the list, or has been down for long.
+        It was taken out of the list, or has been down for long. But if all were down, for it may be
+        our network that failed, each has its time anew to be found again.
         """
-        # both times are those of time.monotonic, but in a test
-        is_long_down = server.is_down and self.clock() - server.since >= HOLD
+        # these times are those of time.monotonic, but in a test
+        since = max(server.since, self.recovered)
+        is_long_down = server.is_down and self.clock() - since >= HOLD
         return is_long_down or server not in self.servers
 
     def home(self, meeting_id: str) -> tuple[Server | None, str]:
@@ -1365,53 +1396,43 @@ class Directory:
         known = self.meetings.get(meeting_id)
         return known is not None and known.asked >= since and not self.is_lost(known.server)
 
-    def claim_known(self, meeting_id: str, tried: Collection[Server]) -> tuple[Server, str] | None:
-        """The server for a create, and why, if no server need be asked for the meeting; else None.
-
-        No server need be asked if another create is on its way to the meeting's server, or if that
-        told not long ago that it has the meeting. The server gets a claim. Raises as `claim`.
-        """
-        with self.lock:
-            server, why = self.home(meeting_id)
-            if server is None:
-                return None
-            if server.is_down or server in tried:
-                raise Unavailable(f"{server} (held)")
-            is_fresh = self.was_seen(meeting_id, self.clock() - MEETING_TTL)
-            # a cordoned server is always asked: what has ended there must begin elsewhere
-            is_sure = is_fresh and not server.entry.cordoned
-            known = self.meetings[meeting_id]
-            if not known.sending and not is_sure:
-                return None
-            known.sending += 1
-            return server, why
-
     def claim(
         self,
         meeting_id: str,
         tried: Collection[Server],
-        probe: Probe,
-        able: Collection[Server],
-        parent: Server | None,
-    ) -> tuple[Server, str]:
-        """The server for a create after a probe, and why. It has a claim from now on.
+        probe: Probe | None = None,
+        able: Collection[Server] = (),
+        parent: Server | None = None,
+    ) -> tuple[Server, str] | None:
+        """The server for a create, and why. It has a claim from now on.
 
         That is the server that has the meeting, or may have it; else a breakout room's parent's, or
-        one of those that are able. Raises Unavailable if the server that must get the create is
-        down, or was tried in vain, or none is able.
+        one of those that are able.
+
+        Without a probe it is None if the servers must be asked first. They need not be if another
+        create is on its way there, or if the server told not long ago that it has the meeting.
+
+        Raises Unavailable if the server that must get the create is down, or was tried in vain, or
+        none is able.
         """
         with self.lock:
             server, why = self.home(meeting_id)
             if server is None:
+                if probe is None:
+                    return None
                 server, why = self.choose(able, parent)
                 meeting = Meeting(MeetingInfo(meeting_id), server, self.clock())
                 meeting.before = self.meetings.get(meeting_id)
                 self.meetings[meeting_id] = meeting
             elif server.is_down or server in tried:
                 raise Unavailable(f"{server} (held)")
-            elif server.entry.cordoned:
-                is_creating = self.meetings[meeting_id].sending > 0
-                if not is_creating and not self.was_seen(meeting_id, probe.asked):
+            elif not self.meetings[meeting_id].sending:
+                since = probe.asked if probe else self.clock() - MEETING_TTL
+                is_fresh = self.was_seen(meeting_id, since)
+                # a cordoned server is always asked: what has ended there must begin elsewhere
+                if probe is None and (server.entry.cordoned or not is_fresh):
+                    return None
+                if server.entry.cordoned and not is_fresh:
                     # it did not deny that it has the meeting, or `home` would not name it
                     raise Unavailable(f"{server} (cordoned, and silent)")
             self.meetings[meeting_id].sending += 1
@@ -1510,22 +1531,17 @@ class Directory:
 
         def ask_one(server: Server) -> None:
             answer = None
-            try:
-                # a copy, for the server's own note. It has its own time: who comes too late for us
-                # still shows whether the server is up
-                answer = server.call(replace(call), "asked")
-            except Unavailable:
-                # Server.failed has logged it, if it is news
-                pass
-            except Exception as error:
-                # whatever it is, what the others say counts
-                log_error(call.name, error)
+            # what waited too long for a thread is not sent any more. But what is sent has its own
+            # time: who answers too late for us still shows that it is up
+            if time.monotonic() < deadline:
+                # a copy, for the server's own note
+                answer = attempt(call.name, server.call, replace(call), "asked")
             answers.put((server, answer))
 
         threads = self.long_threads if call.route.is_long else self.threads
         for server in servers:
             # as in Balancer.process_request: it is in the queue even if no thread can begin
-            with contextlib.suppress(RuntimeError):
+            with suppress(RuntimeError):
                 threads.submit(ask_one, server)
         for _ in servers:
             try:
@@ -1578,12 +1594,12 @@ class Directory:
         return probe
 
     def wait_until_known(self) -> None:
-        """Wait until the first list of each server has been read, or it is down; 13 s at most."""
+        """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
-        while any(not server.surveyed and not server.is_down for server in self.servers):
+        while not all(server.was_asked or server.is_down for server in self.servers):
             if time.monotonic() > deadline:
                 return
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def find(self, meeting_id: str) -> tuple[Server | None, str]:
         """The meeting's server, and how we know; None if no server says that it has it.
@@ -1621,7 +1637,10 @@ def survey(directory: Directory, server: Server) -> None:
     Raises Unavailable.
     """
     asked = directory.clock()
-    answer = server.ask(ApiCall("getMeetings"))
+    try:
+        answer = server.ask(ApiCall("getMeetings"))
+    finally:
+        server.was_asked = True
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
@@ -1647,14 +1666,7 @@ def watch(directory: Directory, server: Server) -> None:
     """
     while server in directory.servers:
         server.wake.clear()
-        try:
-            survey(directory, server)
-        except Unavailable:
-            # Server.failed has logged it, if it is news
-            pass
-        except Exception as error:
-            # whatever it is, there must be a next survey
-            log_error("a survey", error)
+        attempt("a survey", survey, directory, server)
         if server.wake.wait(RETRY_INTERVAL if server.is_down else SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -1696,7 +1708,7 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     # an element. (A comment cannot: the end of the element that began it has a "--" in it, which no
     # parser takes in a comment)
     if "<![CDATA[" not in text and "<?" not in text:
-        with contextlib.suppress(ET.ParseError):
+        with suppress(ET.ParseError):
             root = ET.fromstring(text)
             if root.find(TOO_DEEP) is None:
                 return root, True
@@ -1728,7 +1740,7 @@ def mend(text: str) -> ET.Element:
                 while opened.pop().tag != name:
                     pass
         elif len(opened) < MAX_DEPTH:
-            with contextlib.suppress(ET.ParseError):
+            with suppress(ET.ParseError):
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
@@ -1819,7 +1831,7 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     # Where a list was mended, some items may be lost. Of meetings the others count all the same.
     # But a lost recording would be taken for deleted; and into a list of hooks nobody types names,
     # so if that must be mended it is broken
-    has_lost_some = answer.body.count(f"<{shape.item}>".encode()) != len(items)
+    has_lost_some = answer.body.count(f"<{shape.identity}>".encode()) != len(items)
     must_be_whole = shape.item == "hook" or (shape.item == "recording" and has_lost_some)
     return None if must_be_whole and not is_whole else items
 
@@ -1862,37 +1874,24 @@ def create(directory: Directory, call: ApiCall) -> Answer:
     tried: set[Server] = set()
     while True:
         server, why = place(directory, call, tried)
+        info = None
+        may_have = True
         try:
-            seconds = max(1, deadline - directory.clock())
-            return create_on(directory, call, server, why, seconds)
+            answer = server.call(call, why, max(1, deadline - directory.clock()))
+            info = info_by(answer)
+            if answer.returncode == "SUCCESS" and info is None:
+                server.doubts = 2
+                raise Unavailable(f"{server} (its answer is cut short)")
+            may_have = False
+            return answer
         except Unreachable:
+            may_have = False
             if directory.clock() > deadline:
                 raise
             tried.add(server)
-
-
-def create_on(
-    directory: Directory, call: ApiCall, server: Server, why: str, seconds: float
-) -> Answer:
-    """Send a create to the server that has the claim, and note what came of it.
-
-    Raises as Server.call does.
-    """
-    info = None
-    may_have = True
-    try:
-        answer = server.call(call, why, seconds)
-        info = info_by(answer)
-        if answer.returncode == "SUCCESS" and info is None:
-            server.doubts = 2
-            raise Unavailable(f"{server} (its answer is cut short)")
-        may_have = False
-        return answer
-    except Unreachable:
-        may_have = False
-        raise
-    finally:
-        directory.release(call.meeting_id, may_have, info)
+        finally:
+            # its claim ends, or stays if it may have carried out the create
+            directory.release(call.meeting_id, may_have, info)
 
 
 def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tuple[Server, str]:
@@ -1901,20 +1900,21 @@ def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tup
     A new place is one of the servers that reacted to the probe in time, with a no or with an answer
     that is not usable; a breakout room's is its parent's. Raises Unavailable if there is none.
     """
-    placed = directory.claim_known(call.meeting_id, tried)
-    if placed:
-        return placed
-    parent_id = call.params.get("parentMeetingID", "")
-    parent = directory.find(parent_id)[0] if parent_id else None
-    if parent in tried:
-        raise Unavailable(f"{parent} (parent's)")
-    directory.wait_until_known()
-    probe = directory.probe(call.meeting_id)
-    reacted = [*probe.denied, *probe.failed]
-    able = [server for server in reacted if server.is_able and server not in tried]
-    # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
-    best = [server for server in able if not server.doubts and server.took < SLOW]
-    return directory.claim(call.meeting_id, tried, probe, best or able, parent)
+    placed = directory.claim(call.meeting_id, tried)
+    # once at most: after a probe there is one, or claim raises
+    while placed is None:
+        parent_id = call.params.get("parentMeetingID", "")
+        parent = directory.find(parent_id)[0] if parent_id else None
+        if parent in tried:
+            raise Unavailable(f"{parent} (parent's)")
+        directory.wait_until_known()
+        probe = directory.probe(call.meeting_id)
+        reacted = [*probe.denied, *probe.failed]
+        able = [server for server in reacted if server.is_able and server not in tried]
+        # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
+        best = [server for server in able if not server.doubts and server.took < SLOW]
+        placed = directory.claim(call.meeting_id, tried, probe, best or able, parent)
+    return placed
 
 
 # ---- routes: a call about one meeting ------------------------------------------------------------
@@ -1932,13 +1932,14 @@ def join(directory: Directory, call: ApiCall) -> Answer:
         server, why = directory.find(call.meeting_id)
         if server is None:
             lost = directory.meetings.get(call.meeting_id)
-            if lost and lost.server.is_down and call.wants_html:
+            may_return = lost and lost.server.is_down and lost.server in directory.servers
+            if lost and may_return and call.wants_html:
                 # the pupil waits on the retry page for the room, instead of "no such meeting"
                 raise Unavailable(f"{lost.server} (down for long)")
             server = directory.any_up()
     except Unavailable as error:
         if call.wants_html:
-            error.page = retry_page()
+            error.page = RETRY_PAGE
         raise
     call.note = f"{server} ({why})"
     location = server.url_for("join", call.query)
@@ -2029,7 +2030,7 @@ def ask_lists(directory: Directory, call: ApiCall) -> dict[Server, list[ET.Eleme
     for server, answer in ask_all(directory, call).items():
         items = items_of(LISTS[call.name], answer)
         if items is None:
-            log.warning("%s is left out of %s: its list cannot be read", server, call.name)
+            log.warning(f"{server} is left out of {call.name}: its list cannot be read")
         else:
             lists[server] = items
     if not lists:
@@ -2163,7 +2164,7 @@ def create_hook(directory: Directory, call: ApiCall) -> Answer:
     answers = ask_all(directory, call)
     for server in directory.servers:
         if server not in answers:
-            log.warning("hooks/create: not on %s. The same call again completes it", server)
+            log.warning(f"hooks/create: not on {server}. The same call again completes it")
     root, _ = parse(next(iter(answers.values())))
     if not len(root):
         raise Unavailable(call.note)
@@ -2334,9 +2335,8 @@ Diese Seite versucht es von selbst weiter.</p>
 """)
 
 
-def retry_page() -> Answer:
-    """For who waits in a browser for a server that is down."""
-    return html_answer(503, RETRY_AFTER, "One moment, please", RETRY_TEXT)
+# For who waits in a browser for a server that is down.
+RETRY_PAGE = html_answer(503, RETRY_AFTER, "One moment, please", RETRY_TEXT)
 
 
 def version_page(balancer: Balancer) -> Answer:
@@ -2361,20 +2361,36 @@ def people_on(server: Server) -> int:
     return sum(info.participants for info in rooms)
 
 
-# The names of our figures without "tinyscale_", and what they mean. None may begin with another
-# one, as metrics finds the values by how their names begin.
-FIGURES = {
-    "info": "The version.",
-    "start_time_seconds": "When it was started.",
-    "settings_ok": "Whether the settings on disk are good.",
-    "twin_meetings": "Meetings on two servers.",
-    "server_up": "Whether the server answers.",
-    "server_cordoned": "Whether it gets no new meetings.",
-    "server_meetings": "Meetings on the server.",
-    "server_participants": "People in these meetings.",
-    "server_certificate_end_seconds": "When its certificate ends, 0 if that is not known.",
-    "call_seconds": "Calls, and the time they took.",
+# What /metrics tells of each server: what it is, and its value.
+FIGURES: dict[str, tuple[str, Callable[[Server], float]]] = {
+    "server_up": ("Whether the server answers.", lambda server: server.is_up),
+    "server_cordoned": ("Whether it gets no new meetings.", lambda server: server.entry.cordoned),
+    "server_meetings": ("Meetings on the server.", lambda server: len(server.listed)),
+    "server_participants": ("People in these meetings.", people_on),
+    "server_certificate_end_seconds": (
+        "When its certificate ends, 0 if that is not known.",
+        lambda server: server.certificate_end,
+    ),
 }
+# Of a server that is down these are not known.
+LIVE_FIGURES = ("server_meetings", "server_participants")
+# What else /metrics tells. The counts of calls follow.
+METRICS = """\
+# HELP tinyscale_info The version.
+# TYPE tinyscale_info gauge
+tinyscale_info{{version="{version}"}} 1
+# HELP tinyscale_start_time_seconds When it was started.
+# TYPE tinyscale_start_time_seconds gauge
+tinyscale_start_time_seconds {started:.0f}
+# HELP tinyscale_settings_ok Whether the settings on disk are good.
+# TYPE tinyscale_settings_ok gauge
+tinyscale_settings_ok {is_ok:d}
+# HELP tinyscale_twin_meetings Meetings on two servers.
+# TYPE tinyscale_twin_meetings gauge
+tinyscale_twin_meetings {twins}
+# HELP tinyscale_call_seconds Calls, and the time they took.
+# TYPE tinyscale_call_seconds summary
+"""
 
 
 def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) -> None:
@@ -2390,30 +2406,23 @@ def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) 
 
 def metrics(balancer: Balancer) -> Answer:
     """Figures for Prometheus, in its text format."""
-    # a copy, which is made in one step
-    values = dict(balancer.totals)
-    values[f'info{{version="{__version__}"}}'] = 1
-    age = time.monotonic() - balancer.started
-    values["start_time_seconds"] = time.time() - age
-    values["settings_ok"] = not balancer.mistake
-    values["twin_meetings"] = len(balancer.directory.all_twins())
-    for server in balancer.directory.servers:
-        label = f'{{server="{server}"}}'
-        values["server_up" + label] = server.is_up
-        values["server_cordoned" + label] = server.entry.cordoned
-        if server.is_up:
-            values["server_meetings" + label] = len(server.listed)
-            values["server_participants" + label] = people_on(server)
-        values["server_certificate_end_seconds" + label] = server.certificate_end
     text = ""
-    for family, meaning in FIGURES.items():
-        kind = "summary" if family == "call_seconds" else "gauge"
-        text += f"# HELP tinyscale_{family} {meaning}\n# TYPE tinyscale_{family} {kind}\n"
-        for name, value in values.items():
-            if name.startswith(family):
-                text += f"tinyscale_{name} {value:.12g}\n"
-    headers = (("Content-Type", "text/plain; version=0.0.4"),)
-    return Answer(200, text.encode(), headers)
+    for name, (meaning, value_of) in FIGURES.items():
+        text += f"# HELP tinyscale_{name} {meaning}\n# TYPE tinyscale_{name} gauge\n"
+        for server in balancer.directory.servers:
+            if server.is_up or name not in LIVE_FIGURES:
+                text += f'tinyscale_{name}{{server="{server}"}} {value_of(server):.12g}\n'
+    started = time.time() - time.monotonic() + balancer.started
+    text += METRICS.format(
+        version=__version__,
+        started=started,
+        is_ok=not balancer.mistake,
+        twins=len(balancer.directory.all_twins()),
+    )
+    # a copy, which is made in one step
+    for name, total in list(balancer.totals.items()):
+        text += f"tinyscale_{name} {total:.12g}\n"
+    return Answer(200, text.encode(), (("Content-Type", "text/plain; version=0.0.4"),))
 
 
 def ago(since: float) -> str:
@@ -2618,18 +2627,22 @@ def is_secret(value: object) -> bool:
     return isinstance(value, str) and is_bare
 
 
-# A key of an entry of servers.json: what tests it, and what it must be.
-ENTRY_RULES: dict[str, tuple[Callable[..., object], str]] = {
-    "host": (base_url, 'must look like "https://bbb1.example.org"'),
-    "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server'),
+# A key of an entry of servers.json: what tests it, what it must be, and which wrong values may be
+# shown. Any may be a secret under a wrong key. The secrets of BBB are long, and have only letters
+# and digits: so neither a URL, but before an "@", nor what is short has one in it.
+ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
+    "host": (base_url, 'must look like "https://bbb1.example.org"', '"[^@]*[.:][^@]*"'),
+    "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server', ""),
     "weight": (
         lambda value: type(value) is int and 1 <= value <= 100,
         "must be a whole number from 1 to 100",
+        "[^@{[]{,20}",
     ),
-    "cordoned": (lambda value: isinstance(value, bool), "must be true or false"),
+    "cordoned": (lambda value: isinstance(value, bool), "must be true or false", "[^@{[]{,20}"),
     "checksum": (
         lambda value: value in ALGORITHMS.values(),
         f"must be one of {', '.join(ALGORITHMS.values())}",
+        "[^@{[]{,20}",
     ),
 }
 
@@ -2676,25 +2689,14 @@ def read_entry(where: str, item: Any) -> Entry:
         # cut, as it could be a secret in the wrong place
         key = f"{where}: {json.dumps(name):.20}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
-        is_right, rule = ENTRY_RULES[name]
+        is_right, rule, harmless = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
-        require(is_right(item[name]), f"{key} {rule}{shown(name, item[name])}.")
+        found = json.dumps(item[name])
+        if re.fullmatch(harmless, found):
+            rule += f", not {found:.99}"
+        require(is_right(item[name]), f"{key} {rule}.")
     checked = {**item, "host": host, "secret": item["secret"].strip()}
     return Entry(**checked)
-
-
-def shown(name: str, value: object) -> str:
-    """What was found in an entry, for a message; "" if that may be a secret."""
-    text = json.dumps(value)
-    # a secret may stand under a wrong key. The secrets of BBB are long, and have only letters and
-    # digits: so neither an address with a "." or ":" is one, nor what is short
-    is_address = name == "host" and re.search("[.:]", text)
-    is_short = name not in ("host", "secret") and len(text) <= 20
-    # but a secret may be in a list or an object, or before the @ of a URL
-    may_hold_one = re.search(r"^[\[{]|@", text)
-    if may_hold_one or not (is_address or is_short):
-        return ""
-    return f", not {text[:99]}"
 
 
 def read_secrets(text: str, path: str) -> tuple[str, ...]:
@@ -2862,15 +2864,13 @@ def notify(settings: Settings, state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode(), address)
     except OSError as error:
-        log.warning(
-            "systemd cannot be told %s: %s. Allow AF_UNIX in the unit", state, error.strerror
-        )
+        log.warning(f"systemd cannot be told {state}: {error.strerror}. Allow AF_UNIX in the unit")
 
 
 def listen(settings: Settings) -> socket.socket:
     """The listener: systemd's, which is file 3, or our own. Raises OSError, or SettingsError."""
     if settings.is_socket_unit:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             listener = socket.socket(fileno=3)
             if listener.proto == socket.IPPROTO_TCP:
                 return listener
@@ -2936,7 +2936,7 @@ def end_log(handler: LogHandler) -> None:
     """Wait a second at most until the log is written: its reader may be gone."""
     # told only now: while the queue was full, this line would have been lost, too
     if handler.lost:
-        log.warning("%d lines of the log were lost: nobody read them", handler.lost)
+        log.warning(f"{handler.lost} lines of the log were lost: nobody read them")
     begin(handler.queue.join).join(1)  # type: ignore[attr-defined]
 
 
@@ -2954,7 +2954,7 @@ def connection_limit() -> int:
     """
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     # a sandbox may forbid it
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         files = most
     return max(10, min(MAX_CONNECTIONS, files // 3))
@@ -2991,12 +2991,12 @@ def reload(balancer: Balancer, environment: Mapping[str, str], is_forced: bool) 
         # the next look tells no mistake a second time
         balancer.settings = replace(balancer.settings, stamps=stamps)
         balancer.mistake = str(error)
-        log.error("%s The settings stay as they were; a restart would fail.", error)
+        log.error(f"{error} The settings stay as they were; a restart would fail.")
         return
     apply(balancer, settings)
     files = ", ".join(settings.stamps)
-    count = len(settings.entries)
-    log.info("read again: %s: %d servers, %d secrets", files, count, len(settings.secrets))
+    counts = f"{len(settings.entries)} servers, {len(settings.secrets)} secrets"
+    log.info(f"read again: {files}: {counts}")
 
 
 def watch_files(balancer: Balancer, environment: Mapping[str, str], wake: threading.Event) -> None:
@@ -3007,18 +3007,17 @@ def watch_files(balancer: Balancer, environment: Mapping[str, str], wake: thread
     while True:
         is_forced = wake.wait(SURVEY_INTERVAL)
         wake.clear()
-        try:
-            reload(balancer, environment, is_forced)
-        except Exception as error:
-            # whatever it is, there must be a next look
-            log_error("reading the settings", error)
+        attempt("reading the settings", reload, balancer, environment, is_forced)
 
 
 def is_busy(balancer: Balancer) -> bool:
-    """Whether somebody waits for an answer, or has only just begun to ask."""
+    """Whether somebody waits for an answer, or takes it, or has only just begun to ask."""
     now = time.monotonic()
-    handlers = list(balancer.handlers)
-    return any(handler.head.path or now - handler.started < 1 for handler in handlers)
+    # who has not sent a right checksum has kept us waiting since it came
+    return any(
+        handler.waiting_since != handler.started or now - handler.started < 1
+        for handler in list(balancer.handlers)
+    )
 
 
 def drain(balancer: Balancer) -> None:
@@ -3039,7 +3038,7 @@ def drain(balancer: Balancer) -> None:
     log.info("stopped with calls in progress" if is_busy(balancer) else "stopped")
 
 
-def serve(environment: Mapping[str, str]) -> None:
+def serve(environment: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT. Raises SettingsError, or OSError, if it cannot begin."""
     # before any thread begins: each inherits it, and only sigwait receives them
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -3052,7 +3051,7 @@ def serve(environment: Mapping[str, str]) -> None:
     begin(balancer.serve_forever, 0.05)
     port = balancer.server_address[1]
     count = len(settings.entries)
-    log.info("tinyscale %s listens on port %d, with %d servers", __version__, port, count)
+    log.info(f"tinyscale {__version__} listens on port {port}, with {count} servers")
     notify(settings, "READY=1")
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         wake.set()
@@ -3064,6 +3063,7 @@ def serve(environment: Mapping[str, str]) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     drain(balancer)
     end_log(handler)
+    return 0
 
 
 # What a failure looks like, and what mends it.
@@ -3086,14 +3086,14 @@ MENDS = {
 
 def examine(directory: Directory, server: Server) -> str:
     """What check says of a server: a line, which ends in the mend if it is unusable."""
-    with contextlib.suppress(Unavailable):
+    with suppress(Unavailable):
         survey(directory, server)
     digests = []
     # which of them it takes is only asked of who answers; the word is that of Server.judge
     if server.is_up or "checksum" in server.reason:
         for digest in ALGORITHMS.values():
             other = Server(replace(server.entry, checksum=digest))
-            with contextlib.suppress(Unavailable):
+            with suppress(Unavailable):
                 other.ask(ApiCall("getMeetings"))
                 digests.append(digest)
     if server.is_up:
@@ -3115,7 +3115,7 @@ def examine(directory: Directory, server: Server) -> str:
 def is_served(settings: Settings) -> bool:
     """Whether a tinyscale answers at our port."""
     place = (settings.bind or "localhost", settings.port)
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         sock = socket.create_connection(place, CONNECT_TIMEOUT)
         if settings.tls:
             # only to see whether it is there: our certificate has another name than localhost
@@ -3156,22 +3156,25 @@ def check(environment: Mapping[str, str]) -> int:
     return 1 if unusable else 0
 
 
-def print_url(environment: Mapping[str, str], text: str) -> None:
+def print_url(environment: Mapping[str, str]) -> int:
     """Print the signed URL of a call."""
     settings = read_settings(environment, needs_servers=False)
+    text = environment["call"] or "getMeetings"
+    require(
+        re.fullmatch("[A-Za-z0-9]+(/[A-Za-z0-9]+)*([?][!-~]*)?", text),
+        f"url: {text!r:.99} is no call. Write it like 'getMeetingInfo?meetingID=room+7'.",
+    )
     call, _, query = text.partition("?")
-    if not re.fullmatch("[A-Za-z0-9]+(/[A-Za-z0-9]+)*([?][!-~]*)?", text):
-        raise SettingsError(
-            f"url: {text!r:.99} is no call. Write it like 'getMeetingInfo?meetingID=room+7'."
-        )
     host = settings.bind or "localhost"
     if ":" in host:
         host = f"[{host}]"
     scheme = "https" if settings.tls else "http"
     signed = sign(call, query, settings.secrets[0])
     print(f"{scheme}://{host}:{settings.port}/bigbluebutton/api/{call}?{signed}", flush=True)
+    return 0
 
 
+COMMANDS = {"serve": serve, "check": check, "url": print_url}
 HELP_END = """
 signals:
   SIGHUP reads the files again, SIGTERM and SIGINT end in good order
@@ -3199,7 +3202,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "command",
         nargs="?",
         default="serve",
-        choices=("serve", "check", "url"),
+        choices=COMMANDS,
         help="(default: serve)",
     )
     parser.add_argument(
@@ -3223,17 +3226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # its command and call are no names of settings
     environment = {**os.environ, **vars(options)}
     try:
-        if options.command == "check":
-            return check(environment)
-        if options.command == "url":
-            print_url(environment, options.call or "getMeetings")
-        else:
-            serve(environment)
-        return 0
+        return COMMANDS[options.command](environment)
     except (SettingsError, OSError) as error:
         level = "<3>" if is_journal(environment.get("JOURNAL_STREAM", "")) else ""
         # who reads it may be gone
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             print(f"{level}tinyscale: {error}", file=sys.stderr, flush=True)
         # what is no mistake may pass by itself
         return 2 if isinstance(error, SettingsError) else 1
