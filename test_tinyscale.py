@@ -6375,8 +6375,7 @@ class RecordingsTest(ClusterTest):
 
     def test_metadata_named_like_a_recording_loses_nobody_the_list(self):
         names = custom("recording") + custom("1")
-        self.fakes[0].recordings[self.ids[0]]["meta"]["course"] = "7"
-        fault = with_text("</metadata>", f"{names}</metadata>")
+        fault = with_text("<name>", f"<metadata>{names}</metadata><name>")
         self.fakes[0].faults["getRecordings"] = fault
         self.assertEqual(self.listed(), self.ids[::-1])
 
