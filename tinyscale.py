@@ -591,8 +591,8 @@ def log_error(where: str, error: BaseException) -> None:
         reason = getattr(error, "reason", "") or error.strerror or type(error).__name__
         log.info(f"{where} broke off: {reason}")
     else:
-        lines = "".join(traceback.format_tb(error.__traceback__))
-        log.error(f"{where} failed with {type(error).__name__}. Please report this:\n{lines}")
+        way = [f"{at.name}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
+        log.error(f"{where} failed with {type(error).__name__}. Please report this: {way}")
 
 
 class Handler:
@@ -927,9 +927,8 @@ LONG_TIMEOUT = 60
 MAX_WAITING = 200
 # For the answer to a question that is put to several servers at once.
 PROBE_TIMEOUT = 3
-# Between two surveys of a server; while it is down; and before the first one after it went down.
+# Between two surveys of a server, and before the first one after it went down.
 SURVEY_INTERVAL = 10
-RETRY_INTERVAL = 5
 FIRST_RETRY = 1
 # How long a meeting is believed to be where it was last seen: two surveys may fail.
 MEETING_TTL = 30
@@ -945,8 +944,8 @@ EXPECTED = 10
 PLACEMENTS = {"turn": "in turn", "load": "least load"}
 # A server that takes longer for an answer gets a new meeting only if no other one can.
 SLOW = 2
-# Threads that ask several servers at once.
-MAX_ASKING = 1000
+# Threads that ask several servers at once: MAX_WAITING for each of ten servers that hang.
+MAX_ASKING = 2000
 
 # ---- a server's state ----------------------------------------------------------------------------
 
@@ -993,8 +992,10 @@ class Server(Connections):
         self.reason = "no answer yet"
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # of the questions that it answered, when the newest was asked; and how long an answer took
+        # of the questions that it answered usably, and of all that it answered, when the newest was
+        # asked; and how long an answer took
         self.answered = 0.0
+        self.reacted = 0.0
         self.took = 0.0
         self.version = ""
         # after a create failed there: good surveys until it is as good as the others for new
@@ -1005,8 +1006,6 @@ class Server(Connections):
         # its last survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
-        # meetings in its last two surveys that are in another server's, too
-        self.twins: set[str] = set()
 
     @property
     def is_up(self) -> bool:
@@ -1079,6 +1078,7 @@ class Server(Connections):
 
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
         """Raise Unavailable, or Unreachable, if this is no usable answer to the call."""
+        self.reacted = max(self.reacted, asked)
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
@@ -1131,10 +1131,9 @@ class Server(Connections):
 
     def note_down(self, reason: str, asked: float) -> None:
         """Mark the server down, unless it has answered what was asked later."""
-        if self.answered > asked:
+        if self.answered > asked or (self.is_down and self.reason == reason):
             return
-        if not self.is_down or self.reason != reason:
-            log.warning(f"{self} is down: {reason}")
+        log.warning(f"{self} is down: {reason}")
         self.reason = reason
         if not self.is_down:
             # in this order: who sees it down must not see an old time
@@ -1170,6 +1169,9 @@ def attempt(what: str, job: Callable[..., Any], *arguments: object) -> Any:
         return None
 
 
+Servers = Collection[Server]
+
+
 def is_of_server(error: object) -> bool:
     """Whether an error may be the server's: it is not if our own machine lacks something."""
     return getattr(error, "errno", None) not in OUR_TROUBLE
@@ -1178,46 +1180,37 @@ def is_of_server(error: object) -> bool:
 # ---- the directory: what is remembered of meetings -----------------------------------------------
 
 
-@dataclass
-class Meeting:
-    """A meeting, and the server that has it, or has a claim on it.
-
-    A claim: a create of ours is on its way to the server, or we gave up waiting for the answer to
-    one. So it may have the meeting without having told.
-    """
+class Meeting(NamedTuple):
+    """A meeting, and the server that told that it has it."""
 
     info: MeetingInfo
     server: Server
     # when we first heard of it
     first_heard: float
     # when the newest question was asked whose answer told us so
-    asked: float = -NEVER
-    # creates that are on their way to the server
+    asked: float
+    # for the log: why a call goes to this server
+    why: str = "remembered"
+
+
+@dataclass
+class Claim:
+    """A server's claim on a meetingID: it may have the meeting without having told.
+
+    For a create of ours is on its way to it, or we gave up waiting for the answer to one.
+    """
+
+    server: Server
+    # creates that are on their way
     sending: int = 0
     # when we last gave up waiting for one: the server may have carried it out
     gave_up: float = -NEVER
-    # what was known before the claim: a meeting on a server that is lost
-    before: Meeting | None = None
+    why: str = "may have it"
 
     @property
-    def is_claim(self) -> bool:
-        """Whether the server may have it without having told."""
-        return self.sending > 0 or self.gave_up > self.asked
-
-
-class Probe(NamedTuple):
-    """All servers that are not down were asked for a meeting.
-
-    What they said of it is in the directory.
-    """
-
-    # when
-    asked: float
-    # who said no, until the first yes ended the asking. Who was silent is in neither list
-    denied: Sequence[Server] = ()
-    # who reacted in time, but not usably, with HTTP 500 for example: it cannot tell us now, but its
-    # surveys told its meetings
-    failed: Sequence[Server] = ()
+    def asked(self) -> float:
+        """As a Meeting's: while a create is on its way, no server need be asked for the meeting."""
+        return NEVER if self.sending else -NEVER
 
 
 class Directory:
@@ -1237,18 +1230,21 @@ class Directory:
         self.turn = 0
         # when the first server came up after a time when none was: its outage was our network's
         self.recovered = -NEVER
-        # who was given the last new meeting, and how many in a row
-        self.last: Server | None = None
-        self.in_a_row = 0
+        # who were given the last two new meetings
+        self.last_two: list[Server] = []
         # by meetingID and by internalMeetingID, as BBB accepts both
         self.meetings: dict[str, Meeting] = {}
-        # when a server was asked for a meeting that it does not have; None: all that were not down
-        self.denials: dict[tuple[Server | None, str], float] = {}
+        # by meetingID
+        self.claims: dict[str, Claim] = {}
+        # when a server was asked for a meeting that it does not have
+        self.denials: dict[tuple[Server, str], float] = {}
+        # when all servers were asked for a meeting that none of them has
+        self.absent: dict[str, float] = {}
+        # meetings on two servers, and when they were last seen there
+        self.twins: dict[str, float] = {}
         # those that run
-        self.probes: dict[str, futures.Future[Probe]] = {}
+        self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # recordings take a minute: no probe shall wait for them
-        self.long_threads = futures.ThreadPoolExecutor(MAX_ASKING)
 
     def use(self, entries: Iterable[Entry], placement: str) -> list[Server]:
         """Take these servers from now on.
@@ -1265,11 +1261,12 @@ class Directory:
                 servers[entry.host] = server
             # in one assignment: who reads it does not hold the lock
             self.servers = list(servers.values())
-            for meeting_id, meeting in list(self.meetings.items()):
-                # a claim outlives a server that is taken out, and put back
-                meeting.server = servers.get(str(meeting.server), meeting.server)
-                if meeting.server not in self.servers and not meeting.is_claim:
-                    del self.meetings[meeting_id]
+            for claim in self.claims.values():
+                # it outlives a server that is taken out, and put back
+                claim.server = servers.get(str(claim.server), claim.server)
+            for key, meeting in list(self.meetings.items()):
+                if meeting.server not in self.servers:
+                    del self.meetings[key]
             return [server for host, server in servers.items() if host not in known]
 
     # -- what servers say
@@ -1281,44 +1278,47 @@ class Directory:
         """
         with self.lock:
             known = self.meetings.get(info.meeting_id)
-            if server not in self.servers or (known and known.asked > asked):
-                return
             denied = self.denials.get((server, info.meeting_id), -NEVER)
-            if denied > asked:
+            is_old = denied > asked or (known is not None and known.asked > asked)
+            if is_old or server not in self.servers:
                 return
-            meeting = Meeting(info, server, self.clock(), asked)
-            if known and known.server is not server:
-                # of two meetings the newer one counts. But a create on its way stays; so does a
-                # server that may have the meeting, unless that is lost
-                is_kept = known.is_claim or known.info.created > info.created
-                if known.sending or (is_kept and not self.is_lost(known.server)):
+            home = self.home(info.meeting_id)
+            first_heard = self.clock()
+            if home and home.server is not server:
+                # a claim stays; of two meetings the newer one counts
+                if isinstance(home, Claim) or home.info.created > info.created:
                     return
-            elif known:
-                meeting.sending = known.sending
-                meeting.gave_up = known.gave_up
-                if known.info.created == info.created:
-                    meeting.first_heard = known.first_heard
+            elif known and known.info.created == info.created:
+                first_heard = known.first_heard
+            meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
             # it is found by its internal ID, too, but if that is the meetingID of another meeting
             alias = self.meetings.get(info.internal_id, meeting)
             if info.internal_id and alias.info.meeting_id != info.internal_id:
-                # creates are counted by meetingID alone. (Who creates a meeting by the internal ID
-                # of another one loses the claim here; no front end does)
-                self.meetings[info.internal_id] = replace(meeting, sending=0)
+                self.meetings[info.internal_id] = meeting
+            self.end_claim(server, info.meeting_id, asked)
 
     def forget(self, server: Server, meeting_id: str, asked: float) -> None:
-        """Note that the server, asked at that time, does not have the meeting.
-
-        That says nothing of a create which is on its way, or which we gave up only later.
-        """
+        """Note that the server, asked at that time, does not have the meeting."""
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known and known.server is server:
-                if known.sending or max(known.asked, known.gave_up) >= asked:
+                if known.asked >= asked:
                     return
                 del self.meetings[meeting_id]
             before = self.denials.get((server, meeting_id), asked)
             self.denials[server, meeting_id] = max(asked, before)
+            self.end_claim(server, meeting_id, asked)
+
+    def end_claim(self, server: Server, meeting_id: str, asked: float) -> None:
+        """Note that the server, asked at that time, told whether it has the meeting.
+
+        That says nothing of a create that is on its way, or that we gave up only later. The lock is
+        held.
+        """
+        claim = self.claims.get(meeting_id)
+        if claim and claim.server is server and not claim.sending and claim.gave_up < asked:
+            del self.claims[meeting_id]
 
     def learn(
         self, server: Server, infos: Sequence[MeetingInfo], asked: float, is_whole: bool
@@ -1332,43 +1332,39 @@ class Directory:
             for info in infos:
                 self.remember(server, info, asked)
             if is_whole:
-                told = listed.keys() | {info.internal_id for info in infos}
-                for key, meeting in list(self.meetings.items()):
-                    if meeting.server is server and key not in told:
+                # what it has just told is not older than this, so `forget` leaves it
+                for key in {*self.meetings, *self.claims}:
+                    home = self.claims.get(key) or self.meetings[key]
+                    if home.server is server:
                         self.forget(server, key, asked)
-            self.note_twins(server, listed.keys())
+            self.note_twins(server, listed.keys(), asked)
             server.listed = listed
             server.surveyed = asked
-            # old ones go. They guard against a yes that was asked for earlier and comes later: no
-            # question about meetings takes so long
-            recent = {key: when for key, when in self.denials.items() if asked - when < MEETING_TTL}
-            self.denials = recent
+            # it may have told of one
+            self.absent.clear()
+            # denials guard against a yes that was asked for earlier and comes later: no question
+            # about meetings takes so long
+            old = asked - MEETING_TTL
+            self.denials = {key: when for key, when in self.denials.items() if when > old}
+            self.twins = {key: when for key, when in self.twins.items() if when > old}
             if not any(server.is_up for server in self.servers):
                 self.recovered = self.clock()
         server.note_up(asked)
 
-    def note_twins(self, server: Server, listed: Collection[str]) -> None:
+    def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
         """Warn of meetings that run on another server, too, for two surveys. We end neither."""
-        others = [other for other in self.servers if other is not server and other.is_up]
-        twins = set()
+        up = [other for other in self.servers if other.is_up]
         # server.listed is still that of the survey before
         for meeting_id in server.listed.keys() & listed:
-            on = [str(other) for other in others if meeting_id in other.listed]
-            if not on:
+            on = [str(other) for other in up if meeting_id in other.listed]
+            if len(on) < 2:
                 continue
-            twins.add(meeting_id)
-            # unless the survey of the other server has warned of it
-            if meeting_id not in self.all_twins():
-                both = " and ".join([str(server), *on])
+            if meeting_id not in self.twins:
+                both = " and ".join(on)
                 log.warning(f"meeting {meeting_id!r:.300} runs on {both}: the newer one counts")
-        server.twins = twins
+            self.twins[meeting_id] = asked
 
-    def all_twins(self) -> set[str]:
-        """The meetings that run on two servers."""
-        up = [server for server in self.servers if server.is_up]
-        return {meeting_id for server in up for meeting_id in server.twins}
-
-    # -- which creates are on their way
+    # -- which server a create must go to
 
     def is_lost(self, server: Server) -> bool:
         """Whether the server's meetings may begin anew elsewhere.
@@ -1381,69 +1377,42 @@ class Directory:
         is_long_down = server.is_down and self.clock() - since >= HOLD
         return is_long_down or server not in self.servers
 
-    def home(self, meeting_id: str) -> tuple[Server | None, str]:
-        """The server to which a create must go, and why; None if it may go to any.
-
-        The lock is held.
-        """
-        known = self.meetings.get(meeting_id)
-        if known is None or (self.is_lost(known.server) and not known.sending):
-            return None, "nowhere"
-        return known.server, "may have it" if known.is_claim else "remembered"
-
-    def was_seen(self, meeting_id: str, since: float) -> bool:
-        """Whether its server, asked since then, said that it has the meeting."""
-        known = self.meetings.get(meeting_id)
-        return known is not None and known.asked >= since and not self.is_lost(known.server)
+    def home(self, meeting_id: str) -> Meeting | Claim | None:
+        """What ties a meeting to a server, so that a create must go there; None if nothing does."""
+        with self.lock:
+            claim = self.claims.get(meeting_id)
+            if claim and (claim.sending or not self.is_lost(claim.server)):
+                return claim
+            known = self.meetings.get(meeting_id)
+            if known and not self.is_lost(known.server):
+                return known
+            return None
 
     def claim(
-        self,
-        meeting_id: str,
-        tried: Collection[Server],
-        probe: Probe | None = None,
-        able: Collection[Server] = (),
-        parent: Server | None = None,
-    ) -> tuple[Server, str] | None:
+        self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
+    ) -> tuple[Server, str]:
         """The server for a create, and why. It has a claim from now on.
 
-        That is the server that has the meeting, or may have it; else a breakout room's parent's, or
-        one of those that are able.
-
-        Without a probe it is None if the servers must be asked first. They need not be if another
-        create is on its way there, or if the server told not long ago that it has the meeting.
-
-        Raises Unavailable if the server that must get the create is down, or was tried in vain, or
-        none is able.
+        That is the server that has the meeting, or may have it; else one for a new meeting, see
+        `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
+        cordoned, and has not told, asked since then, that it has the meeting.
         """
         with self.lock:
-            server, why = self.home(meeting_id)
-            if server is None:
-                if probe is None:
-                    return None
-                server, why = self.choose(able, parent)
-                meeting = Meeting(MeetingInfo(meeting_id), server, self.clock())
-                meeting.before = self.meetings.get(meeting_id)
-                self.meetings[meeting_id] = meeting
-            elif server.is_down or server in tried:
-                raise Unavailable(f"{server} (held)")
-            elif not self.meetings[meeting_id].sending:
-                since = probe.asked if probe else self.clock() - MEETING_TTL
-                is_fresh = self.was_seen(meeting_id, since)
-                # a cordoned server is always asked: what has ended there must begin elsewhere
-                if probe is None and (server.entry.cordoned or not is_fresh):
-                    return None
-                if server.entry.cordoned and not is_fresh:
-                    # it did not deny that it has the meeting, or `home` would not name it
+            home = self.home(meeting_id)
+            if home is None:
+                server, why = self.choose(tried, asked, parent)
+            else:
+                server = home.server
+                why = home.why
+                if server.entry.cordoned and home.asked < asked:
+                    # it did not deny that it has the meeting, or this were not its home
                     raise Unavailable(f"{server} (cordoned, and silent)")
-            self.meetings[meeting_id].sending += 1
+            if server.is_down or server in tried:
+                raise Unavailable(f"{server} (held)")
+            claim = home if isinstance(home, Claim) else Claim(server)
+            claim.sending += 1
+            self.claims[meeting_id] = claim
             return server, why
-
-    def any_up(self) -> Server:
-        """A server for a call about nothing that we know. Raises Unavailable if none is up."""
-        for server in self.servers:
-            if server.is_up:
-                return server
-        raise Unavailable()
 
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
@@ -1453,34 +1422,37 @@ class Directory:
         or is lost.
         """
         with self.lock:
-            known = self.meetings.get(meeting_id)
-            if known is None:
-                # another meeting whose internal ID is this meetingID has taken its place, and was
-                # forgotten. The meeting that the create began is found by the next survey
-                return
-            known.sending = max(0, known.sending - 1)
+            claim = self.claims[meeting_id]
+            claim.sending -= 1
             if info:
-                if info.created == known.info.created:
-                    # a create tells nothing of the people in the meeting
-                    info = known.info
-                self.remember(known.server, info, self.clock())
-            elif may_have:
-                known.gave_up = self.clock()
-            elif not known.sending and known.asked == known.gave_up == -NEVER:
-                # it was never seen, and is not created either
-                del self.meetings[meeting_id]
-                if known.before:
-                    self.meetings[meeting_id] = known.before
+                self.remember(claim.server, info, self.clock())
+            if may_have:
+                claim.gave_up = self.clock()
+            elif not claim.sending and claim.gave_up == -NEVER:
+                self.claims.pop(meeting_id, None)
 
     # -- where a new meeting goes
 
-    def choose(self, able: Collection[Server], parent: Server | None) -> tuple[Server, str]:
-        """One of these servers for a new meeting, and why it. The lock is held.
+    def any_up(self) -> Server:
+        """A server for a call about nothing that we know. Raises Unavailable if none is up."""
+        for server in self.servers:
+            if server.is_up:
+                return server
+        raise Unavailable()
 
-        A breakout room's is its parent's. Raises Unavailable if there is none.
+    def choose(self, tried: Servers, asked: float, parent: Server | None) -> tuple[Server, str]:
+        """A server for a new meeting, and why it. The lock is held.
+
+        A breakout room's is its parent's. Else it is one of those that answered since then, be it
+        with a page of errors, and were not tried in vain. Raises Unavailable if there is none.
         """
         if parent is not None:
             return parent, "parent's"
+        answering = [server for server in self.servers if server.reacted >= asked]
+        able = [server for server in answering if server.is_able and server not in tried]
+        # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
+        best = [server for server in able if not server.doubts and server.took < SLOW]
+        able = best or able
         if self.placement == "load":
             able = self.least_loaded(able)
         circle = [server for server in self.servers for _ in range(server.entry.weight)]
@@ -1488,29 +1460,29 @@ class Directory:
             server = circle[self.turn % len(circle)]
             self.turn += 1
             if server in able:
-                self.in_a_row = self.in_a_row + 1 if server is self.last else 1
-                self.last = server
+                self.last_two = [*self.last_two[-1:], server]
                 return server, PLACEMENTS[self.placement]
         raise Unavailable("no server can take a new meeting")
 
-    def least_loaded(self, able: Collection[Server]) -> list[Server]:
+    def least_loaded(self, able: Servers) -> list[Server]:
         """Those of these servers with the least load."""
-        if len(able) > 1 and self.in_a_row >= 2:
-            # else one that comes back empty among full ones would get all that begins
-            able = [server for server in able if server is not self.last]
-        loads = {server: self.load(server) for server in able}
+        # never three in a row: else one that comes back empty would get all that begins
+        others = [server for server in able if self.last_two != [server, server]]
+        loads = {server: self.load(server) for server in others or able}
         least = min(loads.values(), default=0)
-        return [server for server in able if loads[server] == least]
+        return [server for server in loads if loads[server] == least]
 
     def load(self, server: Server) -> float:
         """A server's people, and room for those that still come, divided by its weight.
 
         Breakout rooms do not count, as their people are in the room, too. The lock is held.
         """
-        people = 0
+        # in what is being created
+        people = EXPECTED * sum(claim.server is server for claim in self.claims.values())
         for key, meeting in self.meetings.items():
-            info = meeting.info
-            # each is there by two IDs
+            # a create tells nothing of people, but the last survey did
+            info = server.listed.get(key, meeting.info)
+            # each meeting is there by two IDs
             is_ours = meeting.server is server and key == info.meeting_id
             if is_ours and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
@@ -1519,14 +1491,16 @@ class Directory:
 
     # -- asking
 
-    def ask(
-        self, servers: Collection[Server], call: ApiCall, seconds: float
-    ) -> Iterator[tuple[Server, Answer | None]]:
+    def ask(self, servers: Servers, call: ApiCall) -> Iterator[tuple[Server, Answer]]:
         """Ask these servers at once; yield each with its answer, as they come.
 
-        The answer is None if it is not usable. Who takes longer is left out.
+        Who gives no usable answer, or takes too long, is left out.
         """
         answers: queue.SimpleQueue[tuple[Server, Answer | None]] = queue.SimpleQueue()
+        seconds = CONNECT_TIMEOUT + LONG_TIMEOUT
+        if call.route.is_read and not call.route.is_long:
+            # rather an answer that lacks a slow server than one that comes late
+            seconds = PROBE_TIMEOUT
         deadline = time.monotonic() + seconds
 
         def ask_one(server: Server) -> None:
@@ -1538,60 +1512,55 @@ class Directory:
                 answer = attempt(call.name, server.call, replace(call), "asked")
             answers.put((server, answer))
 
-        threads = self.long_threads if call.route.is_long else self.threads
         for server in servers:
             # as in Balancer.process_request: it is in the queue even if no thread can begin
             with suppress(RuntimeError):
-                threads.submit(ask_one, server)
+                self.threads.submit(ask_one, server)
         for _ in servers:
             try:
                 # what lies ready counts, also after a pause of our machine
-                yield answers.get(timeout=max(LATE, deadline - time.monotonic()))
+                server, answer = answers.get(timeout=max(LATE, deadline - time.monotonic()))
             except queue.Empty:
                 return
+            if answer:
+                yield server, answer
 
-    def ask_for(self, meeting_id: str, servers: Collection[Server]) -> Probe:
-        """Ask these servers for a meeting, until one says that it has it."""
+    def ask_for(self, meeting_id: str, servers: Servers) -> None:
+        """Ask these servers for a meeting, until one says that it has it. Note what they say."""
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
-        denied = []
-        failed = []
-        for server, answer in self.ask(servers, call, PROBE_TIMEOUT):
-            if answer is None:
-                failed.append(server)
-                continue
+        for server, answer in self.ask(servers, call):
             info = info_by(answer)
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
+                return
             # it says FAILED of nothing else: a checksumError is no usable answer
-            elif info or answer.returncode == "FAILED":
+            if info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
-                denied.append(server)
             # else it is a SUCCESS that cannot be read, and may be a yes
-            if self.was_seen(meeting_id, asked):
-                break
-        return Probe(asked, denied, failed)
 
-    def probe(self, meeting_id: str) -> Probe:
-        """Ask all servers for a meeting. Who asks for the same one meanwhile shares the answer."""
-        mine: futures.Future[Probe] = futures.Future()
-        with self.lock:
-            running = self.probes.setdefault(meeting_id, mine)
+    def probe(self, meeting_id: str) -> float:
+        """Ask all servers that are not down for a meeting, note what they say, and return when.
+
+        Who asks for the same meeting meanwhile shares that.
+        """
+        mine: futures.Future[float] = futures.Future()
+        # one step in Python
+        running = self.probes.setdefault(meeting_id, mine)
         if running is not mine:
             return running.result()
-        probe = Probe(self.clock())
-        servers = [server for server in self.servers if not server.is_down]
+        asked = self.clock()
         try:
-            probe = self.ask_for(meeting_id, servers)
+            self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
+            if self.home(meeting_id) is None:
+                # a server that had not answered yet may have it: its first survey tells
+                self.wait_until_known()
         finally:
             # whatever happens, nobody waits for ever
-            mine.set_result(probe)
-            with self.lock:
-                del self.probes[meeting_id]
-                if servers and len(probe.denied) == len(servers):
-                    self.denials[None, meeting_id] = probe.asked
-        return probe
+            del self.probes[meeting_id]
+            mine.set_result(asked)
+        return asked
 
     def wait_until_known(self) -> None:
         """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
@@ -1607,28 +1576,23 @@ class Directory:
         Raises Unavailable if its server went down not long ago, or if nobody answers.
         """
         now = self.clock()
-        with self.lock:
-            server, why = self.home(meeting_id)
-            if server is None:
-                denied = self.denials.get((None, meeting_id), -NEVER)
-                is_sure = denied >= now - ABSENCE_TTL
-            else:
-                is_sure = server.is_down or self.was_seen(meeting_id, now - MEETING_TTL)
+        home = self.home(meeting_id)
+        if home is None:
+            is_sure = self.absent.get(meeting_id, -NEVER) >= now - ABSENCE_TTL
+        else:
+            is_sure = home.server.is_down or home.asked >= now - MEETING_TTL
         if not is_sure:
-            probe = self.probe(meeting_id)
-            if not self.was_seen(meeting_id, probe.asked):
-                # a server that had not answered yet may have it: its first survey tells
-                self.wait_until_known()
-            with self.lock:
-                server, why = self.home(meeting_id)
-                if self.was_seen(meeting_id, probe.asked):
-                    why = "probed"
-            if server is None and not probe.denied:
-                # to say that it is nowhere, somebody must have said no
+            asked = self.probe(meeting_id)
+            home = self.home(meeting_id)
+            if home is None and not any(server.answered >= asked for server in self.servers):
                 raise Unavailable("no server gives a usable answer")
-        if server is not None and server.is_down:
-            raise Unavailable(f"{server} (held)")
-        return server, why
+            if home is None:
+                self.absent[meeting_id] = asked
+        if home is None:
+            return None, "nowhere"
+        if home.server.is_down:
+            raise Unavailable(f"{home.server} (held)")
+        return home.server, home.why
 
 
 def survey(directory: Directory, server: Server) -> None:
@@ -1667,7 +1631,7 @@ def watch(directory: Directory, server: Server) -> None:
     while server in directory.servers:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
-        if server.wake.wait(RETRY_INTERVAL if server.is_down else SURVEY_INTERVAL):
+        if server.wake.wait(SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
 
@@ -1894,27 +1858,20 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             directory.release(call.meeting_id, may_have, info)
 
 
-def place(directory: Directory, call: ApiCall, tried: Collection[Server]) -> tuple[Server, str]:
+def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, str]:
     """The server for a create that was tried on these in vain, and why that one. It has a claim.
 
-    A new place is one of the servers that reacted to the probe in time, with a no or with an answer
-    that is not usable; a breakout room's is its parent's. Raises Unavailable if there is none.
+    All servers are asked first, unless the meeting's is known. Raises as Directory.claim does.
     """
-    placed = directory.claim(call.meeting_id, tried)
-    # once at most: after a probe there is one, or claim raises
-    while placed is None:
-        parent_id = call.params.get("parentMeetingID", "")
-        parent = directory.find(parent_id)[0] if parent_id else None
-        if parent in tried:
-            raise Unavailable(f"{parent} (parent's)")
-        directory.wait_until_known()
-        probe = directory.probe(call.meeting_id)
-        reacted = [*probe.denied, *probe.failed]
-        able = [server for server in reacted if server.is_able and server not in tried]
-        # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
-        best = [server for server in able if not server.doubts and server.took < SLOW]
-        placed = directory.claim(call.meeting_id, tried, probe, best or able, parent)
-    return placed
+    parent_id = call.params.get("parentMeetingID", "")
+    parent = directory.find(parent_id)[0] if parent_id else None
+    asked = directory.clock()
+    home = directory.home(call.meeting_id)
+    is_known = home is not None and home.asked >= asked - MEETING_TTL
+    # a cordoned server is always asked: what has ended there must begin elsewhere
+    if home is None or home.server.entry.cordoned or not is_known:
+        asked = directory.probe(call.meeting_id)
+    return directory.claim(call.meeting_id, tried, asked, parent)
 
 
 # ---- routes: a call about one meeting ------------------------------------------------------------
@@ -1932,8 +1889,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
         server, why = directory.find(call.meeting_id)
         if server is None:
             lost = directory.meetings.get(call.meeting_id)
-            may_return = lost and lost.server.is_down and lost.server in directory.servers
-            if lost and may_return and call.wants_html:
+            if lost and lost.server.is_down and call.wants_html:
                 # the pupil waits on the retry page for the room, instead of "no such meeting"
                 raise Unavailable(f"{lost.server} (down for long)")
             server = directory.any_up()
@@ -2000,26 +1956,18 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
     Raises Unavailable if there is none; if all servers refuse, it has BBB's own answer.
     """
     servers = [server for server in directory.servers if not server.is_down]
-    seconds = CONNECT_TIMEOUT + (LONG_TIMEOUT if call.route.is_long else ANSWER_TIMEOUT)
-    if call.route.handle is relay_list:
-        # it is looked at often: rather a list that lacks a slow server than one that comes late
-        seconds = PROBE_TIMEOUT
-    heard = dict(directory.ask(servers, call, seconds))
+    heard = dict(directory.ask(servers, call))
     answers = {}
-    refusals = []
     for server in servers:
-        answer = heard.get(server)
-        if answer and answer.returncode == "FAILED":
-            refusals.append(answer)
-        elif answer:
-            answers[server] = answer
+        if server in heard and heard[server].returncode != "FAILED":
+            answers[server] = heard[server]
     call.note = f"{len(answers)} of {len(directory.servers)} servers"
     if answers:
         return answers
     failure = Unavailable(call.note)
-    if len(refusals) == len(directory.servers):
-        # BBB's own words are passed on; and the log says failed, not serverUnavailable
-        failure.page = refusals[0]
+    if len(heard) == len(directory.servers):
+        # all refuse: BBB's own words are passed on, and the log says failed
+        failure.page = heard[servers[0]]
         failure.key = "failed"
     raise failure
 
@@ -2125,16 +2073,12 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     if owners:
         call.note = f"{' and '.join(map(str, owners))} (owner)"
     # what can be done is done first: a repeat finishes it
-    asking = directory.ask(owners, call, CONNECT_TIMEOUT + LONG_TIMEOUT)
-    answers = [answer for _, answer in asking if answer]
+    answers = [answer for _, answer in directory.ask(owners, call)]
     if not is_complete or len(answers) < len(owners):
         raise Unavailable(call.note)
     if not owners:
         return relay_anywhere(directory, call, "nowhere")
-    for answer in answers:
-        if answer.returncode == "SUCCESS":
-            return answer
-    return answers[0]
+    return max(answers, key=lambda answer: answer.returncode == "SUCCESS")
 
 
 # ---- routes: webhooks ----------------------------------------------------------------------------
@@ -2413,12 +2357,9 @@ def metrics(balancer: Balancer) -> Answer:
             if server.is_up or name not in LIVE_FIGURES:
                 text += f'tinyscale_{name}{{server="{server}"}} {value_of(server):.12g}\n'
     started = time.time() - time.monotonic() + balancer.started
-    text += METRICS.format(
-        version=__version__,
-        started=started,
-        is_ok=not balancer.mistake,
-        twins=len(balancer.directory.all_twins()),
-    )
+    is_ok = not balancer.mistake
+    twins = len(balancer.directory.twins)
+    text += METRICS.format(version=__version__, started=started, is_ok=is_ok, twins=twins)
     # a copy, which is made in one step
     for name, total in list(balancer.totals.items()):
         text += f"tinyscale_{name} {total:.12g}\n"
@@ -2558,6 +2499,8 @@ PUBLIC_PAGES = (version_page, health)
 
 # ---- loading: the files and the environment ------------------------------------------------------
 
+# The variables of the environment, some replaced by the command line.
+Environment = Mapping[str, str]
 # The variables that we know, and what --help says of them.
 VARIABLES = {
     "TINYSCALE_SECRET": "for the front ends; several with commas between",
@@ -2748,7 +2691,7 @@ def has_expired(pem: str) -> bool:
 
 
 def read_warnings(
-    given: Mapping[str, str],
+    given: Environment,
     secrets: Iterable[str],
     secret_files: Iterable[str],
     is_socket_unit: bool,
@@ -2788,7 +2731,7 @@ def is_journal(stream: str) -> bool:
     return stamp(2).startswith(f"{stream} ")
 
 
-def read_settings(environment: Mapping[str, str], needs_servers: bool = True) -> Settings:
+def read_settings(environment: Environment, needs_servers: bool = True) -> Settings:
     """All settings: the only place that looks at the environment, with two exceptions.
 
     OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR. main reads JOURNAL_STREAM, to print a mistake in
@@ -2906,16 +2849,8 @@ class LogHandler(logging.handlers.QueueHandler):
         self.lost += 1
 
 
+# As systemd's journal wants a level to be written.
 JOURNAL_LEVELS = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<3>"}
-
-
-class JournalFormatter(logging.Formatter):
-    """Lines as systemd's journal wants them: a level before each, and no time, which it has."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        level = JOURNAL_LEVELS.get(record.levelno, "<3>")
-        lines = super().format(record).splitlines()
-        return "\n".join(level + line for line in lines)
 
 
 def begin_log(settings: Settings) -> LogHandler:
@@ -2923,11 +2858,13 @@ def begin_log(settings: Settings) -> LogHandler:
     # a writer that fails says nothing of it
     logging.raiseExceptions = False
     handler = LogHandler(queue.Queue(MAX_LOG))
+    layout = "%(asctime)s %(levelname)s %(message)s"
     if settings.is_journal:
-        handler.setFormatter(JournalFormatter())
-    logging.basicConfig(
-        level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(message)s"
-    )
+        # the journal has the time
+        layout = "%(levelname)s%(message)s"
+        for level, mark in JOURNAL_LEVELS.items():
+            logging.addLevelName(level, mark)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], format=layout)
     logging.handlers.QueueListener(handler.queue, logging.StreamHandler()).start()
     return handler
 
@@ -2977,7 +2914,7 @@ def apply(balancer: Balancer, settings: Settings) -> None:
         begin(watch, balancer.directory, server)
 
 
-def reload(balancer: Balancer, environment: Mapping[str, str], is_forced: bool) -> None:
+def reload(balancer: Balancer, environment: Environment, is_forced: bool) -> None:
     """Read the settings again if a file has changed.
 
     All of them count, or, if there is a mistake, none.
@@ -2999,7 +2936,7 @@ def reload(balancer: Balancer, environment: Mapping[str, str], is_forced: bool) 
     log.info(f"read again: {files}: {counts}")
 
 
-def watch_files(balancer: Balancer, environment: Mapping[str, str], wake: threading.Event) -> None:
+def watch_files(balancer: Balancer, environment: Environment, wake: threading.Event) -> None:
     """Look for changed files again and again, and at once if somebody sets `wake`.
 
     In a thread of its own: a file system that hangs must not hold up a stop.
@@ -3038,7 +2975,7 @@ def drain(balancer: Balancer) -> None:
     log.info("stopped with calls in progress" if is_busy(balancer) else "stopped")
 
 
-def serve(environment: Mapping[str, str]) -> int:
+def serve(environment: Environment) -> int:
     """Serve until SIGTERM or SIGINT. Raises SettingsError, or OSError, if it cannot begin."""
     # before any thread begins: each inherits it, and only sigwait receives them
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -3129,7 +3066,7 @@ def is_served(settings: Settings) -> bool:
     return False
 
 
-def check(environment: Mapping[str, str]) -> int:
+def check(environment: Environment) -> int:
     """Try every server and our own settings, and print what came of it.
 
     Return 1 if a server must be mended, or our port cannot be had.
@@ -3156,7 +3093,7 @@ def check(environment: Mapping[str, str]) -> int:
     return 1 if unusable else 0
 
 
-def print_url(environment: Mapping[str, str]) -> int:
+def print_url(environment: Environment) -> int:
     """Print the signed URL of a call."""
     settings = read_settings(environment, needs_servers=False)
     text = environment["call"] or "getMeetings"
