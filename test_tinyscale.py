@@ -4220,6 +4220,22 @@ class EvidenceTest(unittest.TestCase):
         directory.forget(one, "room", 161.0)
         self.assertIsNone(directory.home("room"))
 
+    def test_a_yes_that_comes_after_a_newer_no_is_no_news(self):
+        directory = tinyscale.Directory(lambda: 100.0)
+        entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
+        one, two = directory.use(entries, "turn")
+        room = tinyscale.MeetingInfo("room", created=1)
+        directory.forget(one, "room", 12.0)
+        # and a no that is older still changes nothing in that
+        directory.forget(one, "room", 10.0)
+        directory.remember(one, room, 11.0)
+        self.assertIsNone(directory.home("room"))
+        # of another server it says nothing
+        directory.remember(two, room, 11.0)
+        self.assertIs(directory.home("room").server, two)
+        directory.remember(one, room, 13.0)
+        self.assertIs(directory.home("room").server, one)
+
     def test_an_internal_id_takes_no_meeting_of_that_name_away(self):
         directory = tinyscale.Directory(lambda: 100.0)
         entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
