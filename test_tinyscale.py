@@ -4023,7 +4023,7 @@ class Play:
         return self.random.uniform(0.1, 3)
 
     def judge(self, server, answer, asked):
-        """Server.ask: whether this is a usable answer."""
+        """Server.judge: whether this is a usable answer."""
         if answer in (None, self.REFUSED):
             server.note_down("silent", asked)
             return False
@@ -4888,11 +4888,11 @@ class OutageTest(ClusterTest):
         self.fakes[0].faults["getMeetings"] = status(500)
         self.start()
         server = self.directory.servers[0]
-        server.note_up(self.clock.monotonic())
-        self.assertEqual((self.states(), server.surveyed), (["up"] * 3, 0))
-        with mock.patch.object(self.clock, "sleep", mock.Mock(), create=True):
-            self.assertEqual(self.create("room").returncode, "SUCCESS")
-            self.assertEqual(self.clock.sleep.call_count, 0)
+        self.assertEqual((self.states(), server.surveyed), (["down", "up", "up"], 0))
+        with self.watched(server):
+            self.assertTrue(until(lambda: server.was_asked))
+            server.note_up(self.clock.monotonic())
+            self.assertEqual(background(self.create, "room").result(5).returncode, "SUCCESS")
 
     def test_nobody_waits_for_a_server_that_was_taken_out_of_the_list(self):
         """Also if it may have a meeting, of which we shall never hear again."""
@@ -5477,6 +5477,31 @@ class OutageTest(ClusterTest):
             self.assertFalse(poll.done())
             gate.set()
             survey.result(5)
+            self.assertEqual(poll.result(5).returncode, "SUCCESS")
+        self.assertEqual(self.fakes[1].count("isMeetingRunning"), 1)
+
+    def test_at_the_start_the_first_list_of_a_server_is_waited_for_until_it_has_been_read(self):
+        self.fakes[1].put("room")
+        self.start_unknown()
+        self.survey_one(0)
+        self.survey_one(2)
+        gate, arrived = threading.Event(), threading.Event()
+        parse = tinyscale.parse
+
+        def parse_slowly(answer):
+            if b"<meetings><meeting>" in answer.body:
+                arrived.set()
+                gate.wait(5)
+            return parse(answer)
+
+        limits = mock.patch.multiple(tinyscale, PROBE_TIMEOUT=0.2, LATE=0.05, parse=parse_slowly)
+        with limits, self.watched(self.directory.servers[1]):
+            self.assertTrue(arrived.wait(5))
+            self.fakes[1].faults["getMeetingInfo"] = slow_by(0.4)
+            poll = background(self.get, "isMeetingRunning", "meetingID=room")
+            self.assertTrue(until(lambda: self.states()[1] == "up"))
+            self.assertFalse(until(poll.done, 0.3))
+            gate.set()
             self.assertEqual(poll.result(5).returncode, "SUCCESS")
         self.assertEqual(self.fakes[1].count("isMeetingRunning"), 1)
 

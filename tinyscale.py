@@ -1001,9 +1001,9 @@ class Server(Connections):
         # after a create failed there: good surveys until it is as good as the others for new
         # meetings
         self.doubts = 0
-        # whether its first survey has ended, in whatever way
+        # whether its first survey has ended, be it in vain
         self.was_asked = False
-        # its last survey: when it was asked, and the meetings that it found
+        # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
 
@@ -1017,7 +1017,7 @@ class Server(Connections):
 
     @property
     def is_able(self) -> bool:
-        """Whether it may get new meetings. See `place` for who is the best."""
+        """Whether it may get new meetings; see Directory.choose for which of these is the best."""
         return self.is_up and not self.entry.cordoned
 
     def call(self, call: ApiCall, why: str, timeout: float = 0) -> Answer:
@@ -1033,11 +1033,11 @@ class Server(Connections):
         if not slots.acquire(blocking=False):
             raise Unreachable(f"{self} (too many calls wait for it)")
         try:
-            return self.ask(call, timeout)
+            return self.call_unlimited(call, timeout)
         finally:
             slots.release()
 
-    def ask(self, call: ApiCall, timeout: float = 0) -> Answer:
+    def call_unlimited(self, call: ApiCall, timeout: float = 0) -> Answer:
         """As `call`, but without its limit, so that a survey is always sent."""
         asked = time.monotonic()
         seconds = timeout or (LONG_TIMEOUT if call.body or call.route.is_long else ANSWER_TIMEOUT)
@@ -1077,7 +1077,10 @@ class Server(Connections):
                 self.kept.pop().close()
 
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
-        """Raise Unavailable, or Unreachable, if this is no usable answer to the call."""
+        """Raise Unavailable, or Unreachable, if this is no usable answer to the call.
+
+        An answer is usable if it is BBB's, or if nobody could tell.
+        """
         self.reacted = max(self.reacted, asked)
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
@@ -1098,8 +1101,8 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # without a query it is our survey, so any failure is an outage; else the query of a
-            # client may be what is wrong
+            # any failure of our survey is an outage. Only a client's getMeetings has a query, which
+            # may be what is wrong
             is_outage = not call.query
         error = Unreachable if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1117,8 +1120,9 @@ class Server(Connections):
 
         Return the error to raise.
         """
-        # what is too long for a URL, or has a body, says nothing of the server
+        # a call that is too long for a URL, or has a body, may be refused by a server that is well
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
+        # it is no doubt if we could not connect for a lack of our own: then this is Unreachable
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1565,8 +1569,10 @@ class Directory:
     def wait_until_known(self) -> None:
         """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
-        while not all(server.was_asked or server.is_down for server in self.servers):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            if all(
+                server.surveyed or server.was_asked or server.is_down for server in self.servers
+            ):
                 return
             time.sleep(0.02)
 
@@ -1601,15 +1607,12 @@ def survey(directory: Directory, server: Server) -> None:
     Raises Unavailable.
     """
     asked = directory.clock()
-    try:
-        answer = server.ask(ApiCall("getMeetings"))
-    finally:
-        server.was_asked = True
+    answer = server.call_unlimited(ApiCall("getMeetings"))
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
-        # the time is not `asked`: Server.ask noted that it answered what was asked a moment later,
-        # so note_down would take this for old news
+        # the time is not `asked`: Server.call_unlimited noted that it answered what was asked a
+        # moment later, so note_down would take this for old news
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     was_up = server.is_up
@@ -1619,7 +1622,7 @@ def survey(directory: Directory, server: Server) -> None:
     if not was_up or not server.version:
         # it may have been upgraded. The call without a name tells the version, to anybody: BBB does
         # not look at its checksum
-        root, _ = parse(server.ask(ApiCall("")))
+        root, _ = parse(server.call_unlimited(ApiCall("")))
         server.version = root.findtext("bbbVersion", "")
 
 
@@ -1631,6 +1634,7 @@ def watch(directory: Directory, server: Server) -> None:
     while server in directory.servers:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
+        server.was_asked = True
         if server.wake.wait(SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -3031,7 +3035,7 @@ def examine(directory: Directory, server: Server) -> str:
         for digest in ALGORITHMS.values():
             other = Server(replace(server.entry, checksum=digest))
             with suppress(Unavailable):
-                other.ask(ApiCall("getMeetings"))
+                other.call_unlimited(ApiCall("getMeetings"))
                 digests.append(digest)
     if server.is_up:
         return (
