@@ -462,8 +462,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def take(self) -> Any:
         """A kept connection that is still good: nothing can be read from it, not even its end.
 
-        The oldest first: an old one is closed only here, so it must have its turn. None if there is
-        none.
+        None if there is none. The one that rested longest comes first: an old one is closed only
+        here, so each must have its turn.
         """
         with suppress(IndexError):
             while True:
@@ -1796,12 +1796,12 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     if found is None:
         return None
     items = found.findall(shape.item)
-    # Where a list was mended, some items may be lost. Of meetings the others count all the same.
-    # But a lost recording would be taken for deleted; and into a list of hooks nobody types names,
-    # so if that must be mended it is broken
-    has_lost_some = answer.body.count(f"<{shape.identity}>".encode()) != len(items)
-    must_be_whole = shape.item == "hook" or (shape.item == "recording" and has_lost_some)
-    return None if must_be_whole and not is_whole else items
+    # a list that had to be mended may have lost items. Of meetings the others count all the same.
+    # But a recording that is lost would be taken for deleted; and nobody types names into a list of
+    # hooks, so one that must be mended is broken
+    has_all = shape.item == "recording" and answer.body.count(b"<recordID>") == len(items)
+    is_usable = is_whole or has_all or shape.item == "meeting"
+    return items if is_usable else None
 
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
