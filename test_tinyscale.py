@@ -4890,9 +4890,22 @@ class OutageTest(ClusterTest):
         server = self.directory.servers[0]
         self.assertEqual((self.states(), server.surveyed), (["down", "up", "up"], 0))
         with self.watched(server):
-            self.assertTrue(until(lambda: server.was_asked))
+            self.assertTrue(until(lambda: server.first_survey_ended))
             server.note_up(self.clock.monotonic())
             self.assertEqual(background(self.create, "room").result(5).returncode, "SUCCESS")
+
+    def test_a_create_is_not_tried_elsewhere_with_too_little_time(self):
+        """Silence would be taken for an outage then."""
+        for seconds, expected in ((0.7, [1, 0, 0]), (0.1, [1, 1, 0])):
+            with self.subTest(seconds), mock.patch.object(tinyscale, "LONG_TIMEOUT", 1):
+                self.start()
+                slow, away = slow_by(seconds), status(502)
+                self.fakes[0].faults["create"] = lambda handler, slow=slow: (
+                    slow(handler),
+                    away(handler),
+                )[1]
+                self.create(f"room{seconds}")
+                self.assertEqual(self.counts("create"), expected)
 
     def test_nobody_waits_for_a_server_that_was_taken_out_of_the_list(self):
         """Also if it may have a meeting, of which we shall never hear again."""
@@ -6090,6 +6103,7 @@ class ListsTest(ClusterTest):
         """A megabyte of them would become a hundred megabytes of ours."""
         self.create("here")
         self.create("there")
+        self.survey()
         for crowd in ("<a/>" * 300, "<a>" * 300, "<" * 300):
             with self.subTest(crowd[:9]), mock.patch.object(tinyscale, "MAX_TAGS", 300):
                 fault = with_text("</meetings>", f"{crowd}</meetings>")
@@ -6097,7 +6111,8 @@ class ListsTest(ClusterTest):
                 self.survey()
                 self.assertEqual(self.listed(), ["there"])
                 self.assertEqual(self.states(), ["up"] * 3)
-                # what it lacks is not forgotten
+                # what it lacks is not forgotten, nor gone from /status
+                self.assertEqual(set(self.directory.servers[0].listed), {"here"})
                 answer = self.get("join", "meetingID=here&fullName=X")
                 self.assertTrue(answer.headers["Location"].startswith(self.fakes[0].url))
 

@@ -25,8 +25,10 @@ and Connections. Outside of Part I secrets are read by read_settings and what it
 signs; Directory.use and examine hand entries on; join hands out a URL that was signed. XML that
 servers send is parsed by parse alone; Answer.returncode, judge, is_denial, items_of and destroy_on
 search its bytes for a word.
-The listener is made by listen, read_tls and connection_limit; count_call counts each call. Every
-server is trusted with every meeting: the one that says it has a meeting gets its calls.
+Also outside of it, but for every connection: listen and read_tls make the listener,
+connection_limit says how many there may be, count_call counts.
+
+Every server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ log = logging.getLogger("tinyscale")
 CONNECT_TIMEOUT = 3
 # For this time we read on after a deadline: if our machine was paused, the answer came meanwhile.
 LATE = 0.5
-# For a client's TLS handshake, the head of its request and a form together; and to linger.
+# For a client's TLS handshake, the head of its request and a form together; and, after a refusal,
+# to read on what it still sends.
 HEAD_TIMEOUT = 10
 # After that a client may be slow, but not silent for longer. A proxy before us gives up first:
 # nginx waits 60.
@@ -97,8 +100,8 @@ MAX_BODIES = 256 * 1024 * 1024
 MAX_ANSWER = 32 * 1024 * 1024
 # Parameters of a call, many more than any has: each costs time before its checksum is verified.
 MAX_PARAMETERS = 1000
-# The longest query that a form is sent on as, in a URL, which every version of BBB takes: nginx and
-# Tomcat refuse URLs of 8 KiB. A longer form is sent on as a form.
+# A form up to this length is sent on as the query of a URL, which every version of BBB takes; but
+# nginx and Tomcat refuse URLs of 8 KiB. A longer one is sent on as a form.
 MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -323,8 +326,8 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # matter of form. The chain, the name and the dates are verified all the same.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
-# The fields of an answer that are passed on, for a join with redirect=false: BBB sets a cookie
-# there. So a server can set one for our name, too.
+# The fields of an answer that are passed on, of whatever call. A join with redirect=false needs the
+# cookie that BBB sets. So a server can set cookies for our name.
 PASSED_ON = ("content-type", "location", "set-cookie")
 
 
@@ -348,9 +351,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # http.client's own file on the socket: never used, only kept. http.client may close the
-        # connection before the body has been read; the socket stays open while a file is on it. But
-        # it counts only files that it made, so we need this one, and close in its place
+        # the file that http.client made on the socket: it is never used, only kept. http.client may
+        # close the connection before the body has been read. The socket stays open until the files
+        # that its makefile() counted are closed. This one was counted, Drops was not: so Drops
+        # keeps it, and when Drops is closed that counts for it
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -374,7 +378,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """
 
     def __init__(self, entry: Entry) -> None:
-        # HTTPSHandler's: HTTPHandler has none
+        # this is HTTPSHandler's, as HTTPHandler has no __init__ of its own
         super().__init__(context=TRUST)
         # replaced as a whole when servers.json changes, but always one with the same host
         self.entry = entry
@@ -606,16 +610,16 @@ class Handler:
         self.request = request
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting: for its head, then to take its answer. NEVER, so
-        # it may stay: we work for its call, a guest's join too; or it sends slides after a right
-        # checksum
+        # since when the client keeps us waiting: for its head, then to take its answer. NEVER while
+        # we work for a call whose checksum was right, a guest's join too, or read its slides: then
+        # close_slowest closes another connection
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
         # what has been received, and is not used yet
         self.buffer = b""
-        # the length of its body, from when we begin to read that to the end, for read_body to
-        # count; 0 if it is refused unread, for respond to see
+        # the bytes of body that this connection has reserved, until it is closed: read_body adds up
+        # those of all. If it is less than head.length, the body was not read, see respond
         self.reserved = 0
 
     def serve(self) -> None:
@@ -664,8 +668,8 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # what lies ready when we first look is not late, of a head or of a body that came apart
-        # from it: our machine may have been paused
+        # our machine may have been paused: so a head of which we have read nothing yet is taken if
+        # it lies ready, and so is a form that came after its head, of MAX_HEAD at most
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -728,7 +732,8 @@ class Handler:
         Raises ApiError.
         """
         query = self.head.query
-        # a HEAD must not create
+        # a join is a link: mail programs try it by HEAD. Any other call that came by HEAD would be
+        # carried out, so it is refused
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
         # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
@@ -819,7 +824,7 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            # as if it had come just now: a stop does not wait for it, see is_busy
+            # it waits for us no more, so a stop need not wait for it: see is_busy
             self.started = self.waiting_since
             self.linger()
 
@@ -887,7 +892,8 @@ class Balancer(http.server.ThreadingHTTPServer):
     def close_slowest(self) -> None:
         """Close the connection of who has kept us waiting longest, a second at least.
 
-        Who has a right checksum may stay. Then wait a moment for its thread to end.
+        Who has a right checksum may stay, unless it was verified at this very moment. Then wait a
+        moment for its thread to end.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -958,7 +964,7 @@ OUR_TROUBLE = (
     errno.EADDRNOTAVAIL,
 )
 # A proxy says so if there is no BBB behind it; only with 504 BBB may have carried out the call.
-# (With 502, too, if BBB broke off just then: we accept that.)
+# (With 502, too, if BBB broke off just then. But then it is restarted, and has lost its meetings.)
 GONE = (404, 502, 503, 504)
 
 
@@ -990,19 +996,22 @@ class Server(Connections):
         self.state = "unknown"
         self.since = time.monotonic()
         self.reason = "no answer yet"
+        # the last warning of a call that failed, but was no outage
+        self.warned = ""
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # of the questions that it answered usably, and of all that it answered, when the newest was
-        # asked; and how long an answer took
+        # when the newest question was asked that it gave a usable answer to
         self.answered = 0.0
+        # the same for any answer, also an error page
         self.reacted = 0.0
+        # how many seconds its last answer took
         self.took = 0.0
         self.version = ""
         # after a create failed there: good surveys until it is as good as the others for new
         # meetings
         self.doubts = 0
-        # whether its first survey has ended, be it in vain
-        self.was_asked = False
+        # be it in vain
+        self.first_survey_ended = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1122,15 +1131,16 @@ class Server(Connections):
         """
         # a call that is too long for a URL, or has a body, may be refused by a server that is well
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # it is no doubt if we could not connect for a lack of our own: then this is Unreachable
+        # not if our own machine lacked something to connect: then this is Unreachable, and no
+        # outage
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
             self.note_down(reason, asked)
-        elif self.reason != reason:
-            # warned of once: the calls that fail are in the log anyway
+        elif self.warned != reason:
+            # once: the calls that fail are in the log anyway
             log.warning(f"{self} failed at {call.name}: {reason}")
-            self.reason = reason
+            self.warned = reason
         return error(f"{self} ({reason})")
 
     def note_down(self, reason: str, asked: float) -> None:
@@ -1165,7 +1175,7 @@ def attempt(what: str, job: Callable[..., Any], *arguments: object) -> Any:
     try:
         return job(*arguments)
     except Unavailable:
-        # Server.failed has logged it, if it is news
+        # Server.failed has logged it, if it is news; or too many calls wait for the server
         return None
     except Exception as error:
         # the other servers' answers, the next survey and the next look at the settings count on us
@@ -1220,7 +1230,9 @@ class Claim:
 class Directory:
     """All servers, and where each meeting is.
 
-    What is known is behind one lock, which is never held while a server is asked.
+    What is known is behind one lock, which is never held while a server is asked. Without the lock
+    single entries are read, and of `absent` and `probes` written: each of that is one step in
+    Python.
 
     Evidence has an age: what a server says counts from the moment when it was asked. The clock is
     an argument, so that a test can play on it.
@@ -1232,7 +1244,7 @@ class Directory:
         self.servers: list[Server] = []
         self.placement = "turn"
         self.turn = 0
-        # when the first server came up after a time when none was: its outage was our network's
+        # when a server last came up while no other one was up, see is_lost
         self.recovered = -NEVER
         # who were given the last two new meetings
         self.last_two: list[Server] = []
@@ -1246,7 +1258,7 @@ class Directory:
         self.absent: dict[str, float] = {}
         # meetings on two servers, and when they were last seen there
         self.twins: dict[str, float] = {}
-        # those that run
+        # the probes that run, by meetingID; their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
 
@@ -1296,7 +1308,7 @@ class Directory:
                 first_heard = known.first_heard
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
-            # it is found by its internal ID, too, but if that is the meetingID of another meeting
+            # it is found by its internal ID, too, unless that is the meetingID of another meeting
             alias = self.meetings.get(info.internal_id, meeting)
             if info.internal_id and alias.info.meeting_id != info.internal_id:
                 self.meetings[info.internal_id] = meeting
@@ -1336,10 +1348,11 @@ class Directory:
             for info in infos:
                 self.remember(server, info, asked)
             if is_whole:
-                # what it has just told is not older than this, so `forget` leaves it
-                for key in {*self.meetings, *self.claims}:
-                    home = self.claims.get(key) or self.meetings[key]
-                    if home.server is server:
+                ties: list[tuple[str, Meeting | Claim]] = [*self.meetings.items()]
+                ties += self.claims.items()
+                for key, tie in ties:
+                    # what it has just told is not older than this, so `forget` leaves it
+                    if tie.server is server:
                         self.forget(server, key, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
@@ -1373,13 +1386,15 @@ class Directory:
     def is_lost(self, server: Server) -> bool:
         """Whether the server's meetings may begin anew elsewhere.
 
-        It was taken out of the list, or has been down for long. But if all were down, for it may be
-        our network that failed, each has its time anew to be found again.
+        It was taken out of the list, or has been down for HOLD. If all servers were down, our own
+        network may have failed: then HOLD counts from the moment when the first one came back.
         """
-        # these times are those of time.monotonic, but in a test
+        if not server.is_down:
+            return server not in self.servers
+        # looked at after the state, as note_down sets it before that. self.clock is time.monotonic,
+        # as in Server; only a test has another one
         since = max(server.since, self.recovered)
-        is_long_down = server.is_down and self.clock() - since >= HOLD
-        return is_long_down or server not in self.servers
+        return self.clock() - since >= HOLD or server not in self.servers
 
     def home(self, meeting_id: str) -> Meeting | Claim | None:
         """What ties a meeting to a server, so that a create must go there; None if nothing does."""
@@ -1393,23 +1408,31 @@ class Directory:
             return None
 
     def claim(
-        self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
-    ) -> tuple[Server, str]:
+        self, meeting_id: str, tried: Servers, asked: float | None, parent: Server | None
+    ) -> tuple[Server, str] | None:
         """The server for a create, and why. It has a claim from now on.
+
+        `asked` is when the servers were asked for the meeting. None if they were not, but must be.
 
         That is the server that has the meeting, or may have it; else one for a new meeting, see
         `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
-        cordoned, and has not told, asked since then, that it has the meeting.
+        cordoned, and gave no yes to a question that was asked at the time `asked` or later.
         """
         with self.lock:
             home = self.home(meeting_id)
+            if asked is None:
+                is_fresh = home is not None and home.asked >= self.clock() - MEETING_TTL
+                # a cordoned server is always asked: what has ended there must begin elsewhere
+                if home is None or home.server.entry.cordoned or not is_fresh:
+                    return None
+                asked = home.asked
             if home is None:
                 server, why = self.choose(tried, asked, parent)
             else:
                 server = home.server
                 why = home.why
                 if server.entry.cordoned and home.asked < asked:
-                    # it did not deny that it has the meeting, or this were not its home
+                    # it has not said no either: then `home` would not name it
                     raise Unavailable(f"{server} (cordoned, and silent)")
             if server.is_down or server in tried:
                 raise Unavailable(f"{server} (held)")
@@ -1421,9 +1444,10 @@ class Directory:
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
 
-        After a success there is `info`, what it told; it counts from now, as it began just now.
-        Else the server may have carried it out all the same: then the claim stays until it says no,
-        or is lost.
+        `info` is what a successful create told. It counts as asked now, as the meeting has just
+        begun. `may_have`: the server may have carried out the create without telling. Then the
+        claim stays until the server says that it has no such meeting, or is lost. Otherwise the
+        claim ends.
         """
         with self.lock:
             claim = self.claims[meeting_id]
@@ -1447,8 +1471,9 @@ class Directory:
     def choose(self, tried: Servers, asked: float, parent: Server | None) -> tuple[Server, str]:
         """A server for a new meeting, and why it. The lock is held.
 
-        A breakout room's is its parent's. Else it is one of those that answered since then, be it
-        with a page of errors, and were not tried in vain. Raises Unavailable if there is none.
+        A breakout room's is its parent's. Else it is one of those that answered a question of the
+        time `asked` or later, be it with an error page, and were not tried in vain. Raises
+        Unavailable if there is none.
         """
         if parent is not None:
             return parent, "parent's"
@@ -1481,7 +1506,7 @@ class Directory:
 
         Breakout rooms do not count, as their people are in the room, too. The lock is held.
         """
-        # in what is being created
+        # for each meeting that is being created there, or may have been
         people = EXPECTED * sum(claim.server is server for claim in self.claims.values())
         for key, meeting in self.meetings.items():
             # a create tells nothing of people, but the last survey did
@@ -1522,8 +1547,9 @@ class Directory:
                 self.threads.submit(ask_one, server)
         for _ in servers:
             try:
-                # what lies ready counts, also after a pause of our machine
-                server, answer = answers.get(timeout=max(LATE, deadline - time.monotonic()))
+                # after a pause of our machine what came meanwhile counts: all have LATE together
+                timeout = max(LATE / len(servers), deadline - time.monotonic())
+                server, answer = answers.get(timeout=timeout)
             except queue.Empty:
                 return
             if answer:
@@ -1571,7 +1597,8 @@ class Directory:
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
             if all(
-                server.surveyed or server.was_asked or server.is_down for server in self.servers
+                server.surveyed or server.first_survey_ended or server.is_down
+                for server in self.servers
             ):
                 return
             time.sleep(0.02)
@@ -1616,6 +1643,10 @@ def survey(directory: Directory, server: Server) -> None:
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     was_up = server.is_up
+    if root.find("meetings") is None:
+        # it is up, but what it told is cut short, or too much: that says nothing of its meetings
+        server.note_up(asked)
+        return
     told = map(info_in, root.iterfind("meetings/meeting"))
     infos = [info for info in told if info.meeting_id]
     directory.learn(server, infos, asked, is_whole)
@@ -1634,7 +1665,7 @@ def watch(directory: Directory, server: Server) -> None:
     while server in directory.servers:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
-        server.was_asked = True
+        server.first_survey_ended = True
         if server.wake.wait(SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -1673,8 +1704,8 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # a section that is left, or an instruction, was begun by a typed name, and may hide the end of
-    # an element. (A comment cannot: the end of the element that began it has a "--" in it, which no
-    # parser takes in a comment)
+    # an element. A comment cannot hide much: the name !--x makes <!--x>...</!--x>, and no parser
+    # takes the second "--"; the name !-- makes <!-->...</!-->, a comment that ends there
     if "<![CDATA[" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -1748,9 +1779,9 @@ class ListShape(NamedTuple):
 
     tag: str
     item: str
-    # the element that tells one item from another, and the one that is the greater the newer it is;
-    # "" if there is none: an element of that name is never found
+    # the element whose text tells one item from another; "" if there is none: it is never found
     identity: str
+    # the element with a number that is the greater the newer the item is; or ""
     newest: str
     # what stands in the answer if there is nothing, to the letter, typing errors too
     empty: str
@@ -1854,7 +1885,8 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             return answer
         except Unreachable:
             may_have = False
-            if directory.clock() > deadline:
+            # in the second half another server would have too little time
+            if directory.clock() > deadline - LONG_TIMEOUT / 2:
                 raise
             tried.add(server)
         finally:
@@ -1869,13 +1901,12 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     """
     parent_id = call.params.get("parentMeetingID", "")
     parent = directory.find(parent_id)[0] if parent_id else None
-    asked = directory.clock()
-    home = directory.home(call.meeting_id)
-    is_known = home is not None and home.asked >= asked - MEETING_TTL
-    # a cordoned server is always asked: what has ended there must begin elsewhere
-    if home is None or home.server.entry.cordoned or not is_known:
+    placed = directory.claim(call.meeting_id, tried, None, parent)
+    # once at most
+    while placed is None:
         asked = directory.probe(call.meeting_id)
-    return directory.claim(call.meeting_id, tried, asked, parent)
+        placed = directory.claim(call.meeting_id, tried, asked, parent)
+    return placed
 
 
 # ---- routes: a call about one meeting ------------------------------------------------------------
@@ -1959,17 +1990,19 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
 
     Raises Unavailable if there is none; if all servers refuse, it has BBB's own answer.
     """
-    servers = [server for server in directory.servers if not server.is_down]
+    # a reload puts another list in its place
+    every = directory.servers
+    servers = [server for server in every if not server.is_down]
     heard = dict(directory.ask(servers, call))
     answers = {}
     for server in servers:
         if server in heard and heard[server].returncode != "FAILED":
             answers[server] = heard[server]
-    call.note = f"{len(answers)} of {len(directory.servers)} servers"
+    call.note = f"{len(answers)} of {len(every)} servers"
     if answers:
         return answers
     failure = Unavailable(call.note)
-    if len(heard) == len(directory.servers):
+    if len(heard) == len(every):
         # all refuse: BBB's own words are passed on, and the log says failed
         failure.page = heard[servers[0]]
         failure.key = "failed"
@@ -2027,8 +2060,9 @@ def ask_recordings(
 ) -> tuple[dict[Server, list[ET.Element]], bool]:
     """The lists of recordings that a call means, and whether nothing is missing in them.
 
-    So it is if each server gave its list, or each recordID asked for is in those of the others. A
-    front end takes what a SUCCESS lacks for deleted. Raises Unavailable as ask_lists does.
+    Nothing is missing if every server gave its list, or if every recordID asked for is in the lists
+    that came. A front end takes what a SUCCESS lacks for deleted. Raises Unavailable as ask_lists
+    does.
     """
     # with its content type, so that a long form stays a form
     question = ApiCall("getRecordings", query, content_type=call.content_type)
@@ -2037,7 +2071,7 @@ def ask_recordings(
     ids = record_ids(call)
     found = set().union(*map(ids_in, lists.values()))
     has_all = bool(ids) and ids <= found
-    return lists, has_all or len(lists) == len(directory.servers)
+    return lists, has_all or set(directory.servers) <= lists.keys()
 
 
 def get_recordings(directory: Directory, call: ApiCall) -> Answer:
@@ -2065,8 +2099,8 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
 def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     """A call about recordings: to each server that has some of them.
 
-    One SUCCESS is a SUCCESS, as BBB's is if it has some of the recordings. Raises Unavailable if a
-    server does not answer.
+    One SUCCESS is a SUCCESS: BBB, too, says so if it has only some of the recordings. Raises
+    Unavailable if a server that has some of them, or may have some, does not answer.
     """
     ids = record_ids(call)
     if not ids:
@@ -2127,7 +2161,7 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
     if not wanted:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
     lists = ask_lists(directory, ApiCall("hooks/list"))
-    is_complete = len(lists) == len(directory.servers)
+    is_complete = set(directory.servers) <= lists.keys()
     removed = 0
     for server, hooks in lists.items():
         for hook in hooks:
@@ -2148,11 +2182,11 @@ def destroy_on(server: Server, own_id: str) -> bool:
     """Whether a server removed a hook that it knows by this ID. Raises Unavailable."""
     call = ApiCall("hooks/destroy", f"hookID={quote_plus(own_id)}")
     answer = server.call(call, "has it")
-    # webhooks say destroyMissingHook of a permanent hook, too, which they do not remove
-    is_kept = b">destroyMissingHook<" in answer.body
-    if answer.returncode != "SUCCESS" and not is_kept:
+    # said of a hook that is not there, and of a permanent one, which is never removed
+    is_missing = b">destroyMissingHook<" in answer.body
+    if answer.returncode != "SUCCESS" and not is_missing:
         raise Unavailable(f"{server} (it does not remove the hook)")
-    return not is_kept
+    return not is_missing
 
 
 # ---- routes: the table ---------------------------------------------------------------------------
@@ -2574,9 +2608,11 @@ def is_secret(value: object) -> bool:
     return isinstance(value, str) and is_bare
 
 
-# A key of an entry of servers.json: what tests it, what it must be, and which wrong values may be
-# shown. Any may be a secret under a wrong key. The secrets of BBB are long, and have only letters
-# and digits: so neither a URL, but before an "@", nor what is short has one in it.
+# A key of an entry of servers.json: what tests its value; what the value must be; and a regular
+# expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
+# a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
+# digits. So what is short may be shown, and a URL; but never what has an "@", as a URL with a
+# password has, nor a list or an object.
 ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
     "host": (base_url, 'must look like "https://bbb1.example.org"', '"[^@]*[.:][^@]*"'),
     "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server', ""),
@@ -2689,7 +2725,7 @@ def has_expired(pem: str) -> bool:
     if not until:
         return False
     now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
-    # of all four digits of the year
+    # YYMMDD... gets a 20 before it; from YYYYMMDD... the last 14 digits cut that off again
     end = (b"20" + until[1])[-14:]
     return end < now.encode()
 
@@ -2954,7 +2990,8 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 def is_busy(balancer: Balancer) -> bool:
     """Whether somebody waits for an answer, or takes it, or has only just begun to ask."""
     now = time.monotonic()
-    # who has not sent a right checksum has kept us waiting since it came
+    # these times are the same while a client has not sent a right checksum, and while it lingers:
+    # see Handler, which sets them
     return any(
         handler.waiting_since != handler.started or now - handler.started < 1
         for handler in list(balancer.handlers)
@@ -3030,7 +3067,8 @@ def examine(directory: Directory, server: Server) -> str:
     with suppress(Unavailable):
         survey(directory, server)
     digests = []
-    # which of them it takes is only asked of who answers; the word is that of Server.judge
+    # the digests are tried only if it answers: it is up, or Server.judge gave a reason with this
+    # word
     if server.is_up or "checksum" in server.reason:
         for digest in ALGORITHMS.values():
             other = Server(replace(server.entry, checksum=digest))
@@ -3044,11 +3082,13 @@ def examine(directory: Directory, server: Server) -> str:
             f"certificate {days_left(server)}, "
             f"{len(server.listed)} meetings, {people_on(server)} people"
         )
-    trouble = [server.reason]
+    # what is no outage is only warned of, such as a lack of our own
+    reason = server.reason if server.is_down else server.warned
+    trouble = [reason]
     if digests:
         trouble = [f'the secret is right, but not the digest: set "checksum": "{digests[0]}"']
-    for sign_of, mend in MENDS.items():
-        if re.search(sign_of, server.reason):
+    for symptom, mend in MENDS.items():
+        if re.search(symptom, reason):
             trouble.append(mend)
     return f"{server!s:40} UNUSABLE: {'. '.join(trouble)}"
 
@@ -3100,6 +3140,7 @@ def check(environment: Environment) -> int:
 def print_url(environment: Environment) -> int:
     """Print the signed URL of a call."""
     settings = read_settings(environment, needs_servers=False)
+    # from the command line, see main
     text = environment["call"] or "getMeetings"
     require(
         re.fullmatch("[A-Za-z0-9]+(/[A-Za-z0-9]+)*([?][!-~]*)?", text),
