@@ -338,8 +338,8 @@ class SignedRequest(urllib.request.Request):
     may_repeat = False
     # a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
-    # the body of the answer
-    received = b""
+    # when the answer must be there, also that to a repeat
+    deadline = 0.0
 
 
 class Drops(socket.SocketIO):
@@ -437,7 +437,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         )
         return Answer(
             response.status,
-            request.received,
+            response.received,
             # so no script of a hostile server runs under our name
             (*fields, ("Content-Security-Policy", "sandbox")),
         )
@@ -480,11 +480,11 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def exchange(self, connection: Any, request: SignedRequest) -> Any:
         """Send the request and read the whole answer; then keep the connection, or close it."""
-        deadline = time.monotonic() + (request.timeout or 0)
+        request.deadline = request.deadline or time.monotonic() + (request.timeout or 0)
 
         def timed_response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
             response = http.client.HTTPResponse(sock, **options)
-            response.fp = io.BufferedReader(Drops(sock, deadline, response.fp))
+            response.fp = io.BufferedReader(Drops(sock, request.deadline, response.fp))
             return response
 
         connection.response_class = timed_response
@@ -499,7 +499,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     dict(request.header_items()),
                 )
             with connection.getresponse() as response:
-                request.received = read_answer(response)
+                response.received = read_answer(response)
         except BaseException:
             connection.close()
             raise
@@ -1010,7 +1010,8 @@ class Server(Connections):
         # after a create failed there: good surveys until it is as good as the others for new
         # meetings
         self.doubts = 0
-        # be it in vain
+        # there is a thread that surveys it; and its first survey has ended, be it in vain
+        self.is_watched = False
         self.first_survey_ended = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1064,7 +1065,8 @@ class Server(Connections):
                 reason = f"no answer in {seconds:.0f} s"
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
-        if request.was_repeated and answer.returncode == "FAILED" and not call.route.is_read:
+        if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
+            # the first time it may have been carried out
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         if not answer.returncode and answer.status >= 400:
@@ -1364,9 +1366,15 @@ class Directory:
             old = asked - MEETING_TTL
             self.denials = {key: when for key, when in self.denials.items() if when > old}
             self.twins = {key: when for key, when in self.twins.items() if when > old}
+            for key, claim in list(self.claims.items()):
+                # of a server that was taken out of the list, and not put back
+                is_over = not claim.sending and claim.gave_up < old
+                if is_over and claim.server not in self.servers:
+                    del self.claims[key]
             if not any(server.is_up for server in self.servers):
                 self.recovered = self.clock()
-        server.note_up(asked)
+            # before anybody else can look: else its meetings could count as lost
+            server.note_up(asked)
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
         """Warn of meetings that run on another server, too, for two surveys. We end neither."""
@@ -1511,8 +1519,10 @@ class Directory:
         for key, meeting in self.meetings.items():
             # a create tells nothing of people, but the last survey did
             info = server.listed.get(key, meeting.info)
-            # each meeting is there by two IDs
-            is_ours = meeting.server is server and key == info.meeting_id
+            # each meeting is there by two IDs; and one that its last survey lacks may be there only
+            # because that had to be mended
+            is_ours = meeting.server is server and meeting.asked >= server.surveyed
+            is_ours = is_ours and key == info.meeting_id
             if is_ours and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
                 people += max(info.participants, EXPECTED if is_young else 0)
@@ -1564,9 +1574,12 @@ class Directory:
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
-                return
+                home = self.home(meeting_id)
+                if home and home.server is server:
+                    return
+                # else another server has a claim, or a newer meeting: what that says counts
             # it says FAILED of nothing else: a checksumError is no usable answer
-            if info or answer.returncode == "FAILED":
+            elif info or answer.returncode == "FAILED":
                 self.forget(server, meeting_id, asked)
             # else it is a SUCCESS that cannot be read, and may be a yes
 
@@ -1739,7 +1752,8 @@ def mend(text: str) -> ET.Element:
                 while opened.pop().tag != name:
                     pass
         elif len(opened) < MAX_DEPTH:
-            with suppress(ET.ParseError):
+            # ValueError: the text has a reference with thousands of digits
+            with suppress(ET.ParseError, ValueError):
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
@@ -1923,8 +1937,10 @@ def join(directory: Directory, call: ApiCall) -> Answer:
     try:
         server, why = directory.find(call.meeting_id)
         if server is None:
-            lost = directory.meetings.get(call.meeting_id)
-            if lost and lost.server.is_down and call.wants_html:
+            meeting_id = call.meeting_id
+            lost = directory.claims.get(meeting_id) or directory.meetings.get(meeting_id)
+            is_listed = lost and lost.server in directory.servers
+            if lost and is_listed and lost.server.is_down and call.wants_html:
                 # the pupil waits on the retry page for the room, instead of "no such meeting"
                 raise Unavailable(f"{lost.server} (down for long)")
             server = directory.any_up()
@@ -2611,10 +2627,14 @@ def is_secret(value: object) -> bool:
 # A key of an entry of servers.json: what tests its value; what the value must be; and a regular
 # expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
 # a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
-# digits. So what is short may be shown, and a URL; but never what has an "@", as a URL with a
-# password has, nor a list or an object.
+# digits. So what is short may be shown, and a plain URL; but not what has a blank, or an "@" as a
+# URL with a password, or a query; nor a list or an object.
 ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
-    "host": (base_url, 'must look like "https://bbb1.example.org"', '"[^@]*[.:][^@]*"'),
+    "host": (
+        base_url,
+        'must look like "https://bbb1.example.org"',
+        '"[^@#?&=\\s]*[.:][^@#?&=\\s]*"',
+    ),
     "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server', ""),
     "weight": (
         lambda value: type(value) is int and 1 <= value <= 100,
@@ -2946,12 +2966,16 @@ def begin(job: Callable[..., None], *arguments: object) -> threading.Thread:
 
 def apply(balancer: Balancer, settings: Settings) -> None:
     """Use these settings from now on."""
-    balancer.settings = settings
-    balancer.mistake = ""
     for warning in settings.warnings:
         log.warning(warning)
-    for server in balancer.directory.use(settings.entries, settings.placement):
-        begin(watch, balancer.directory, server)
+    balancer.directory.use(settings.entries, settings.placement)
+    for server in balancer.directory.servers:
+        if not server.is_watched:
+            begin(watch, balancer.directory, server)
+            server.is_watched = True
+    # last: if no thread could begin, the next look at the files tries it again
+    balancer.settings = settings
+    balancer.mistake = ""
 
 
 def reload(balancer: Balancer, environment: Environment, is_forced: bool) -> None:
