@@ -186,8 +186,10 @@ def verify(
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
     knows the checksum of a call without parameters can send any form with it; BBB has it so, too.
-    Only a front end knows such a checksum, or who reads queries in the log of a proxy; a guest does
-    not, as a join has parameters. Raises ApiError if the checksum is missing, wrong or repeated.
+    Such a checksum is known to front ends, and to who can read queries in the log of a proxy. It is
+    not known to a guest, whose join has parameters.
+
+    Raises ApiError if the checksum is missing, wrong or repeated.
     """
     refused = ApiError("checksumError", "Checksums do not match")
     params: dict[str, str] = {}
@@ -283,7 +285,7 @@ class Unavailable(ApiError):
         )
 
 
-class Unreachable(Unavailable):
+class NotCarriedOut(Unavailable):
     """A call failed, and the server has NOT carried it out: another one may get it."""
 
 
@@ -352,9 +354,9 @@ class Drops(socket.SocketIO):
         self.sock = sock
         self.deadline = deadline
         # the file that http.client made on the socket: it is never used, only kept. http.client may
-        # close the connection before the body has been read. The socket stays open until the files
-        # that its makefile() counted are closed. This one was counted, Drops was not: so Drops
-        # keeps it, and when Drops is closed that counts for it
+        # close the connection before the body has been read; but a socket stays open as long as its
+        # count of files is not 0. makefile() raised that count for this file, and nobody for Drops.
+        # To close either lowers it. So this one must stay open until Drops is closed
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -668,8 +670,9 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # our machine may have been paused: so a head of which we have read nothing yet is taken if
-        # it lies ready, and so is a form that came after its head, of MAX_HEAD at most
+        # our machine may have been paused: so after the deadline we still take what lies ready if
+        # the buffer is empty. Then nothing of the head has been read; or the head has, and a form
+        # came after it, which MAX_HEAD bounds
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -710,7 +713,7 @@ class Handler:
         return self.call.route.handle(self.server.directory, self.call)
 
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
-        """A page of our own; the secret ones want HTTP Basic's of user admin and the password."""
+        """A page of our own. If it is not public, user admin and the password are needed."""
         self.call.name = self.head.path
         # some front ends ask for the version by POST
         self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
@@ -732,8 +735,9 @@ class Handler:
         Raises ApiError.
         """
         query = self.head.query
-        # a join is a link: mail programs try it by HEAD. Any other call that came by HEAD would be
-        # carried out, so it is refused
+        # a join is a link, and mail programs try links by HEAD: they get our redirect. (With
+        # redirect=false it is carried out, as by GET.) Of other calls a HEAD is refused: it would
+        # be carried out
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
         # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
@@ -824,7 +828,8 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            # it waits for us no more, so a stop need not wait for it: see is_busy
+            # from now on it is to is_busy as a client that has just come: a stop need not wait for
+            # it
             self.started = self.waiting_since
             self.linger()
 
@@ -892,8 +897,10 @@ class Balancer(http.server.ThreadingHTTPServer):
     def close_slowest(self) -> None:
         """Close the connection of who has kept us waiting longest, a second at least.
 
-        Who has a right checksum may stay, unless it was verified at this very moment. Then wait a
-        moment for its thread to end.
+        While we work for a verified call its connection is not closed (unless it was verified at
+        this very moment). But that of a client that takes its answer slowly may be.
+
+        In any case, wait a moment for a thread to end.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -952,6 +959,9 @@ PLACEMENTS = {"turn": "in turn", "load": "least load"}
 SLOW = 2
 # Threads that ask several servers at once: MAX_WAITING for each of ten servers that hang.
 MAX_ASKING = 2000
+
+# A moment before all others.
+LONG_AGO = -NEVER
 
 # ---- a server's state ----------------------------------------------------------------------------
 
@@ -1035,13 +1045,13 @@ class Server(Connections):
 
         An outage marks the server down.
 
-        Raises Unreachable if the server cannot have carried out the call, and Unavailable if it may
-        have.
+        Raises NotCarriedOut if the server cannot have carried out the call, and Unavailable if it
+        may have.
         """
         call.note = f"{self} ({why})"
         slots = self.recording_slots if call.name == "getRecordings" else self.slots
         if not slots.acquire(blocking=False):
-            raise Unreachable(f"{self} (too many calls wait for it)")
+            raise NotCarriedOut(f"{self} (too many calls wait for it)")
         try:
             return self.call_unlimited(call, timeout)
         finally:
@@ -1057,7 +1067,7 @@ class Server(Connections):
         except urllib.error.URLError as error:
             reason = f"no connection: {error.reason}"
             is_theirs = is_of_server(error.reason)
-            raise self.failed(call, asked, reason, Unreachable, is_theirs) from error
+            raise self.failed(call, asked, reason, NotCarriedOut, is_theirs) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             # only its type: its text may quote the answer
             reason = f"broken answer: {type(error).__name__}"
@@ -1088,7 +1098,7 @@ class Server(Connections):
                 self.kept.pop().close()
 
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
-        """Raise Unavailable, or Unreachable, if this is no usable answer to the call.
+        """Raise Unavailable, or NotCarriedOut, if this is no usable answer to the call.
 
         An answer is usable if it is BBB's, or if nobody could tell.
         """
@@ -1099,7 +1109,7 @@ class Server(Connections):
             # our checksum is right for any query, so it is our secret that is wrong. BBB also says
             # so of parameters in a body; `failed` takes no call with a body for an outage
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
-            raise self.failed(call, asked, reason, Unreachable)
+            raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
         if is_redirect and call.name == "join":
             return
@@ -1115,7 +1125,7 @@ class Server(Connections):
             # any failure of our survey is an outage. Only a client's getMeetings has a query, which
             # may be what is wrong
             is_outage = not call.query
-        error = Unreachable if is_gone and status != 504 else Unavailable
+        error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
         raise self.failed(call, asked, reason, error, is_outage)
 
@@ -1133,8 +1143,8 @@ class Server(Connections):
         """
         # a call that is too long for a URL, or has a body, may be refused by a server that is well
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # not if our own machine lacked something to connect: then this is Unreachable, and no
-        # outage
+        # a create that fails makes us doubt the server; but not if our own machine lacked something
+        # to connect: that is NotCarriedOut, and no outage
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1220,21 +1230,24 @@ class Claim:
     # creates that are on their way
     sending: int = 0
     # when we last gave up waiting for one: the server may have carried it out
-    gave_up: float = -NEVER
+    gave_up: float = LONG_AGO
     why: str = "may have it"
 
     @property
     def asked(self) -> float:
-        """As a Meeting's: while a create is on its way, no server need be asked for the meeting."""
-        return NEVER if self.sending else -NEVER
+        """As a Meeting's: how new our knowledge is.
+
+        While a create is on its way it is newer than any: no server need be asked for the meeting.
+        """
+        return NEVER if self.sending else LONG_AGO
 
 
 class Directory:
     """All servers, and where each meeting is.
 
     What is known is behind one lock, which is never held while a server is asked. Without the lock
-    single entries are read, and of `absent` and `probes` written: each of that is one step in
-    Python.
+    we only read single entries, and write single entries of `absent` and `probes`: each of these
+    is one step in Python.
 
     Evidence has an age: what a server says counts from the moment when it was asked. The clock is
     an argument, so that a test can play on it.
@@ -1247,7 +1260,7 @@ class Directory:
         self.placement = "turn"
         self.turn = 0
         # when a server last came up while no other one was up, see is_lost
-        self.recovered = -NEVER
+        self.recovered = LONG_AGO
         # who were given the last two new meetings
         self.last_two: list[Server] = []
         # by meetingID and by internalMeetingID, as BBB accepts both
@@ -1296,7 +1309,7 @@ class Directory:
         """
         with self.lock:
             known = self.meetings.get(info.meeting_id)
-            denied = self.denials.get((server, info.meeting_id), -NEVER)
+            denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
             if is_old or server not in self.servers:
                 return
@@ -1418,11 +1431,12 @@ class Directory:
     def claim(
         self, meeting_id: str, tried: Servers, asked: float | None, parent: Server | None
     ) -> tuple[Server, str] | None:
-        """The server for a create, and why. It has a claim from now on.
+        """The server for a create, and why: it has a claim from now on.
 
-        `asked` is when the servers were asked for the meeting. None if they were not, but must be.
+        `asked` is when the servers were asked for the meeting, or None if they have not been asked.
+        Then claim returns None if they must be asked first.
 
-        That is the server that has the meeting, or may have it; else one for a new meeting, see
+        The server is the one that has the meeting, or may have it; else one for a new meeting, see
         `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
         cordoned, and gave no yes to a question that was asked at the time `asked` or later.
         """
@@ -1455,7 +1469,8 @@ class Directory:
         `info` is what a successful create told. It counts as asked now, as the meeting has just
         begun. `may_have`: the server may have carried out the create without telling. Then the
         claim stays until the server says that it has no such meeting, or is lost. Otherwise the
-        claim ends.
+        claim ends, unless another create is on its way, or an earlier one may have been carried
+        out.
         """
         with self.lock:
             claim = self.claims[meeting_id]
@@ -1464,7 +1479,7 @@ class Directory:
                 self.remember(claim.server, info, self.clock())
             if may_have:
                 claim.gave_up = self.clock()
-            elif not claim.sending and claim.gave_up == -NEVER:
+            elif not claim.sending and claim.gave_up == LONG_AGO:
                 self.claims.pop(meeting_id, None)
 
     # -- where a new meeting goes
@@ -1519,9 +1534,10 @@ class Directory:
         for key, meeting in self.meetings.items():
             # a create tells nothing of people, but the last survey did
             info = server.listed.get(key, meeting.info)
-            # each meeting is there by two IDs; and one that its last survey lacks may be there only
-            # because that had to be mended
+            # one that the server's last list lacks is here only because that list had to be mended,
+            # so that nothing was forgotten
             is_ours = meeting.server is server and meeting.asked >= server.surveyed
+            # and each meeting is here by two IDs
             is_ours = is_ours and key == info.meeting_id
             if is_ours and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
@@ -1578,15 +1594,15 @@ class Directory:
                 if home and home.server is server:
                     return
                 # else another server has a claim, or a newer meeting: what that says counts
-            # it says FAILED of nothing else: a checksumError is no usable answer
             elif info or answer.returncode == "FAILED":
+                # FAILED can only mean that it has no such meeting: a checksumError is not usable
                 self.forget(server, meeting_id, asked)
             # else it is a SUCCESS that cannot be read, and may be a yes
 
     def probe(self, meeting_id: str) -> float:
-        """Ask all servers that are not down for a meeting, note what they say, and return when.
+        """Ask all servers that are not down for a meeting. Return the time when they were asked.
 
-        Who asks for the same meeting meanwhile shares that.
+        What they say is noted. Who asks for the same meeting meanwhile shares that.
         """
         mine: futures.Future[float] = futures.Future()
         # one step in Python
@@ -1624,7 +1640,7 @@ class Directory:
         now = self.clock()
         home = self.home(meeting_id)
         if home is None:
-            is_sure = self.absent.get(meeting_id, -NEVER) >= now - ABSENCE_TTL
+            is_sure = self.absent.get(meeting_id, LONG_AGO) >= now - ABSENCE_TTL
         else:
             is_sure = home.server.is_down or home.asked >= now - MEETING_TTL
         if not is_sure:
@@ -1897,7 +1913,7 @@ def create(directory: Directory, call: ApiCall) -> Answer:
                 raise Unavailable(f"{server} (its answer is cut short)")
             may_have = False
             return answer
-        except Unreachable:
+        except NotCarriedOut:
             may_have = False
             # in the second half another server would have too little time
             if directory.clock() > deadline - LONG_TIMEOUT / 2:
@@ -1916,7 +1932,7 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     parent_id = call.params.get("parentMeetingID", "")
     parent = directory.find(parent_id)[0] if parent_id else None
     placed = directory.claim(call.meeting_id, tried, None, parent)
-    # once at most
+    # once at most: given the time of a probe, claim returns a server, or raises
     while placed is None:
         asked = directory.probe(call.meeting_id)
         placed = directory.claim(call.meeting_id, tried, asked, parent)
@@ -1993,7 +2009,7 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
         if server.is_up and directory.clock() <= deadline:
             try:
                 return server.call(call, why)
-            except Unreachable as error:
+            except NotCarriedOut as error:
                 failure = error
     raise failure
 
@@ -2627,8 +2643,8 @@ def is_secret(value: object) -> bool:
 # A key of an entry of servers.json: what tests its value; what the value must be; and a regular
 # expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
 # a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
-# digits. So what is short may be shown, and a plain URL; but not what has a blank, or an "@" as a
-# URL with a password, or a query; nor a list or an object.
+# digits. So of most keys a short value may be shown, but no list or object, and nothing with an
+# "@". Of the host what looks like a plain URL may be shown: without a blank, a password or a query.
 ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
     "host": (
         base_url,
@@ -2689,8 +2705,8 @@ def read_entry(where: str, item: Any) -> Entry:
         where = f"{where} ({host})"
     # each name once, and first those that must be there
     for name in dict.fromkeys(["host", "secret", *item]):
-        # cut, as it could be a secret in the wrong place
-        key = f"{where}: {json.dumps(name):.20}"
+        # what is long could be a secret in the wrong place
+        key = f"{where}: {json.dumps(name if len(name) < 20 else '...')}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule, harmless = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
@@ -3014,8 +3030,8 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 def is_busy(balancer: Balancer) -> bool:
     """Whether somebody waits for an answer, or takes it, or has only just begun to ask."""
     now = time.monotonic()
-    # these times are the same while a client has not sent a right checksum, and while it lingers:
-    # see Handler, which sets them
+    # Handler changes waiting_since when the checksum was right, and makes the two times equal again
+    # when it only drops what the client still sends
     return any(
         handler.waiting_since != handler.started or now - handler.started < 1
         for handler in list(balancer.handlers)
@@ -3106,7 +3122,8 @@ def examine(directory: Directory, server: Server) -> str:
             f"certificate {days_left(server)}, "
             f"{len(server.listed)} meetings, {people_on(server)} people"
         )
-    # what is no outage is only warned of, such as a lack of our own
+    # a failure that is no outage, for example if our own machine can open no more files, does not
+    # mark the server down: its text is in `warned`
     reason = server.reason if server.is_down else server.warned
     trouble = [reason]
     if digests:
