@@ -107,7 +107,8 @@ MAX_QUERY = 7000
 # ---- settings ------------------------------------------------------------------------------------
 
 # By their length in hex, as BBB tells them apart: the caller chooses. SHA-1 is weak where somebody
-# can choose two texts with one digest; but here a front end would have to sign one of them.
+# can make two texts with one digest. Here both would have to be URL-encoded, and begin with a call
+# and parameters that a front end signs: nobody can do that.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -185,7 +186,8 @@ def verify(
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
-    knows the checksum of a call without parameters can send any form with it; BBB has it so, too.
+    knows the checksum of a call without parameters can send any form to that same call; BBB has it
+    so, too.
     Such a checksum is known to front ends, and to who can read queries in the log of a proxy. It is
     not known to a guest, whose join has parameters.
 
@@ -200,7 +202,8 @@ def verify(
     for part in parts:
         raw_name, _, raw_value = part.partition("=")
         name = unquote_plus(raw_name)
-        # of these some of BBB's calls take the first and some the last
+        # of these some of BBB's calls take the first and some the last: who could put in a second
+        # one, by a name that a front end does not encode, shall not lead us elsewhere than BBB
         if name in params and name in ("checksum", "meetingID", "recordID"):
             raise refused
         # of all others the first counts, as in BBB
@@ -225,8 +228,8 @@ def verify(
 # ---- calls ---------------------------------------------------------------------------------------
 
 FORM = "application/x-www-form-urlencoded"
-# What every answer of BBB begins with. What stands before <response> is never parsed: it could
-# declare entities, with which a small text grows to gigabytes.
+# What every answer of BBB begins with. `parse` in Part II cuts off what stands before <response>:
+# it could declare entities, with which a small text grows to gigabytes.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -238,8 +241,12 @@ class Answer(NamedTuple):
 
     status: int
     body: bytes = b""
-    # without the charset some clients would read Latin-1
-    headers: tuple[tuple[str, str], ...] = (("Content-Type", "text/xml;charset=utf-8"),)
+    # without the charset some clients would read Latin-1. And a browser shall run no script that a
+    # server has put into its XML
+    headers: tuple[tuple[str, str], ...] = (
+        ("Content-Type", "text/xml;charset=utf-8"),
+        ("Content-Security-Policy", "sandbox"),
+    )
 
     @property
     def returncode(self) -> str:
@@ -329,7 +336,8 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
 # The fields of an answer that are passed on, of whatever call. A join with redirect=false needs the
-# cookie that BBB sets. So a server can set cookies for our name.
+# cookie that BBB sets. So a server can set cookies for our name, and for the domain above it: that
+# is accepted.
 PASSED_ON = ("content-type", "location", "set-cookie")
 
 
@@ -374,6 +382,9 @@ class Drops(socket.SocketIO):
 
 class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     """urllib's handler for one BBB server, whose connections stay open for the next call.
+
+    It is the base of Server in Part II, and the one place where a server's secret is used. urllib
+    makes a request of the URL, and the connection that its scheme needs.
 
     A server may close a kept connection just as we write to it, and nobody knows then whether it
     saw the request. So only what may be sent twice rides on one.
@@ -439,6 +450,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         )
         return Answer(
             response.status,
+            # read by exchange, which urllib calls through do_open
             response.received,
             # so no script of a hostile server runs under our name
             (*fields, ("Content-Security-Policy", "sandbox")),
@@ -492,7 +504,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         connection.response_class = timed_response
         connection.sock.settimeout(request.timeout)
         try:
-            # a server may refuse a body half way: its answer is there all the same
+            # a server may refuse a body half way: its answer is there all the same. If there is
+            # none, getresponse raises ConnectionError
             with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                 connection.request(
                     request.get_method(),
@@ -543,9 +556,10 @@ REQUEST = re.compile(
 )
 # A bare LF ends the reading, too, or we would wait for CR LF in vain: parse_head refuses it.
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
-# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
-# A checksum covers a name and a query with nothing between. That of a guest's join link is right
-# for joi?nmeetingID=... and joinm?eetingID=..., too. Therefore no other call may begin with a j.
+# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/. A checksum
+# covers a name and a query with nothing between. That of a guest's join link is right for
+# joi?nmeetingID=... and joinm?eetingID=..., too: a guest could send these with a body. Therefore no
+# other call may begin with a j. A guest has no signed URL of any other call.
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -607,9 +621,9 @@ class Handler:
     Nothing that follows a request is ever read as another one.
     """
 
-    def __init__(self, server: Balancer, request: socket.socket, address: str) -> None:
-        self.server = server
-        self.request = request
+    def __init__(self, balancer: Balancer, sock: socket.socket, address: str) -> None:
+        self.balancer = balancer
+        self.sock = sock
         self.address = address
         self.started = time.monotonic()
         # since when the client keeps us waiting: for its head, then to take its answer. NEVER while
@@ -627,14 +641,14 @@ class Handler:
     def serve(self) -> None:
         """The connection from its begin to its end."""
         try:
-            tls = self.server.settings.tls
+            tls = self.balancer.settings.tls
             if tls:
                 # two steps, so that close_slowest can end the handshake
-                self.request = tls.wrap_socket(
-                    self.request, server_side=True, do_handshake_on_connect=False
+                self.sock = tls.wrap_socket(
+                    self.sock, server_side=True, do_handshake_on_connect=False
                 )
-                self.request.settimeout(HEAD_TIMEOUT)
-                self.request.do_handshake()
+                self.sock.settimeout(HEAD_TIMEOUT)
+                self.sock.do_handshake()
             self.handle()
         except OSError as error:
             # who hangs up without a word, as a monitor that only tries the port, is no news
@@ -647,8 +661,8 @@ class Handler:
             bug = ApiError("internalError", "A mistake of tinyscale; see its log", 500)
             self.respond(bug.answer(), "bug")
         finally:
-            self.server.handlers.discard(self)
-            self.server.shutdown_request(self.request)
+            self.balancer.handlers.discard(self)
+            self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
         """Read one request, and answer it. Raises OSError if the client goes away before that."""
@@ -670,13 +684,13 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # our machine may have been paused: so after the deadline we still take what lies ready if
-        # the buffer is empty. Then nothing of the head has been read; or the head has, and a form
-        # came after it, which MAX_HEAD bounds
+        # our machine may have been paused: so after the deadline we still take what lies ready
+        # (1 ms) if the buffer is empty. It is while nothing of the head has been read; and while a
+        # form is read that came after its head. That can take a minute at most, for its 64 KiB
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
-        self.request.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
-        data = self.request.recv(CHUNK)
+        self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
+        data = self.sock.recv(CHUNK)
         if not data:
             raise ConnectionError(errno.ECONNRESET, "it hung up half way")
         return data
@@ -686,7 +700,7 @@ class Handler:
         searched = 0
         while not END_OF_HEAD.search(self.buffer, searched) and len(self.buffer) <= MAX_HEAD:
             # TLS can bring it byte by byte: no byte is searched again and again
-            searched = max(0, len(self.buffer) - 3)
+            searched = max(0, len(self.buffer) - 4)
             self.buffer += self.receive()
             # the first byte of a TLS handshake
             if self.buffer.startswith(b"\x16"):
@@ -700,7 +714,7 @@ class Handler:
         """The answer to the request. Raises ApiError if it is refused."""
         path = self.head.path
         page = PAGES.get(path)
-        password = self.server.settings.status_password
+        password = self.balancer.settings.status_password
         if page and (password or page in PUBLIC_PAGES):
             return self.answer_page(page, password)
         match = CALL_PATH.fullmatch(path)
@@ -710,7 +724,7 @@ class Handler:
             raise ApiError("notFound", "There is nothing at this address", 404)
         self.call.name = match[1]
         self.read_call(self.call)
-        return self.call.route.handle(self.server.directory, self.call)
+        return self.call.route.handle(self.balancer.directory, self.call)
 
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
         """A page of our own. If it is not public, user admin and the password are needed."""
@@ -723,7 +737,7 @@ class Handler:
             return Answer(
                 401, b"", (("WWW-Authenticate", 'Basic realm="tinyscale", charset="UTF-8"'),)
             )
-        return page(self.server)
+        return page(self.balancer)
 
     def allow(self, *methods: str) -> None:
         if self.head.method not in methods:
@@ -743,7 +757,8 @@ class Handler:
         # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
         # slowly
         has_body = self.head.length > 0 and call.name != "join"
-        # a form is the query of a URL that has none, but for the checksum
+        # a form is the query if the URL has none, but for the checksum. Another body of that type
+        # can only be XML, see read_slides
         is_form = has_body and media_type == FORM and not re.sub("^checksum=[^&]*$", "", query)
         if is_form:
             call.content_type = FORM
@@ -751,7 +766,7 @@ class Handler:
             if not re.fullmatch('[!-"$-~]*', form):
                 raise ApiError("badRequest", "The form is not URL-encoded", 400)
             query = "&".join(filter(None, [form, query]))
-        call.query, call.params = verify(call.name, query, self.server.settings.secrets, is_form)
+        call.query, call.params = verify(call.name, query, self.balancer.settings.secrets, is_form)
         call.wants_html = "text/html" in self.head.fields.get("accept", "")
         # who knows a secret, or a URL that was signed with it, may be slow
         self.waiting_since = NEVER
@@ -775,7 +790,8 @@ class Handler:
             raise ApiError(
                 "checksumError", "Parameters must be in the URL or in the body, not in both"
             )
-        # BBB wants the bare type
+        # the bare type, as BBB wants it; and so no server takes XML that came as a form for
+        # parameters
         call.content_type = "application/xml"
         if media_type == "multipart/form-data":
             call.content_type = self.head.fields["content-type"]
@@ -790,7 +806,7 @@ class Handler:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
         # first noted, then counted: of two that come at once none is overlooked
         self.reserved = size
-        if sum(handler.reserved for handler in list(self.server.handlers)) > MAX_BODIES:
+        if sum(handler.reserved for handler in list(self.balancer.handlers)) > MAX_BODIES:
             self.reserved = 0
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
@@ -809,7 +825,7 @@ class Handler:
         """
         seconds = time.monotonic() - self.started
         if self.head.path not in PAGES:
-            count_call(self.server, self.call, outcome, seconds)
+            count_call(self.balancer, self.call, outcome, seconds)
         if self.head.path not in PAGES or answer.status >= 400:
             log.info(
                 f"{self.call.name:.99} {self.call.meeting_id!r:.300} "
@@ -838,19 +854,19 @@ class Handler:
 
         Raises OSError.
         """
-        self.request.settimeout(SILENCE_TIMEOUT)
+        self.sock.settimeout(SILENCE_TIMEOUT)
         # in pieces, each with its own time
         for start in range(0, len(data), CHUNK // 8):
             if start:
                 # it takes its answer
                 self.waiting_since = time.monotonic()
-            self.request.sendall(data[start : start + CHUNK // 8])
+            self.sock.sendall(data[start : start + CHUNK // 8])
 
     def linger(self) -> None:
         """Read what a client still sends, and drop it: else it sees a reset, not the answer."""
         with suppress(OSError):
             # not SSLSocket's, which forgets its TLS and would read on in clear text
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
             while time.monotonic() < self.waiting_since + HEAD_TIMEOUT:
                 self.receive()
 
@@ -890,7 +906,8 @@ class Balancer(http.server.ThreadingHTTPServer):
         handler = Handler(self, request, client_address[0])
         self.handlers.add(handler)
         # submit puts it into the pool's queue, and then begins a thread. If the system allows no
-        # more threads (RuntimeError), one of those that run will take it from there
+        # more threads (RuntimeError), one of those that run will take it from there; or, if none
+        # runs, one that begins for the next connection
         with suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
@@ -898,7 +915,9 @@ class Balancer(http.server.ThreadingHTTPServer):
         """Close the connection of who has kept us waiting longest, a second at least.
 
         While we work for a verified call its connection is not closed (unless it was verified at
-        this very moment). But that of a client that takes its answer slowly may be.
+        this very moment). But that of a client that takes its answer slowly may be. If we work for
+        verified calls alone nobody else gets in: that takes a thousand calls that wait for servers,
+        or signed URLs of others and slow bodies, which a proxy before us holds back.
 
         In any case, wait a moment for a thread to end.
         """
@@ -906,7 +925,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         if slowest and slowest.waiting_since + 1 < time.monotonic():
             # not SSLSocket's, see Handler.linger
             with suppress(OSError):
-                socket.socket.shutdown(slowest.request, socket.SHUT_RDWR)
+                socket.socket.shutdown(slowest.sock, socket.SHUT_RDWR)
         time.sleep(0.001)
 
 
@@ -1344,8 +1363,9 @@ class Directory:
     def end_claim(self, server: Server, meeting_id: str, asked: float) -> None:
         """Note that the server, asked at that time, told whether it has the meeting.
 
-        That says nothing of a create that is on its way, or that we gave up only later. The lock is
-        held.
+        That says nothing of a create that is on its way, or that we gave up only later. (If the
+        server carries out a create even after it said no, there is a twin, which is warned of.) The
+        lock is held.
         """
         claim = self.claims.get(meeting_id)
         if claim and claim.server is server and not claim.sending and claim.gave_up < asked:
@@ -1363,15 +1383,14 @@ class Directory:
             for info in infos:
                 self.remember(server, info, asked)
             if is_whole:
+                told = {*listed, *(info.internal_id for info in infos)}
                 ties: list[tuple[str, Meeting | Claim]] = [*self.meetings.items()]
                 ties += self.claims.items()
                 for key, tie in ties:
-                    # what it has just told is not older than this, so `forget` leaves it
-                    if tie.server is server:
+                    if tie.server is server and key not in told:
                         self.forget(server, key, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
-            server.surveyed = asked
             # it may have told of one
             self.absent.clear()
             # denials guard against a yes that was asked for earlier and comes later: no question
@@ -1384,9 +1403,18 @@ class Directory:
                 is_over = not claim.sending and claim.gave_up < old
                 if is_over and claim.server not in self.servers:
                     del self.claims[key]
-            if not any(server.is_up for server in self.servers):
-                self.recovered = self.clock()
             # before anybody else can look: else its meetings could count as lost
+            self.note_up(server, asked)
+            server.surveyed = asked
+
+    def note_up(self, server: Server, asked: float) -> None:
+        """Note that a survey, asked at that time, shows that the server is up."""
+        with self.lock:
+            others = [other for other in self.servers if other is not server]
+            # a new server may have come up by another call already
+            has_come_up = not server.is_up or not server.surveyed
+            if has_come_up and not any(other.is_up for other in others):
+                self.recovered = self.clock()
             server.note_up(asked)
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
@@ -1412,8 +1440,8 @@ class Directory:
         """
         if not server.is_down:
             return server not in self.servers
-        # looked at after the state, as note_down sets it before that. self.clock is time.monotonic,
-        # as in Server; only a test has another one
+        # `since` is read after the state, because note_down writes it before the state. self.clock
+        # is time.monotonic, as in Server; only a test has another one
         since = max(server.since, self.recovered)
         return self.clock() - since >= HOLD or server not in self.servers
 
@@ -1447,7 +1475,8 @@ class Directory:
                 # a cordoned server is always asked: what has ended there must begin elsewhere
                 if home is None or home.server.entry.cordoned or not is_fresh:
                     return None
-                asked = home.asked
+                # nothing that is known is too old
+                asked = LONG_AGO
             if home is None:
                 server, why = self.choose(tried, asked, parent)
             else:
@@ -1466,8 +1495,9 @@ class Directory:
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
 
-        `info` is what a successful create told. It counts as asked now, as the meeting has just
-        begun. `may_have`: the server may have carried out the create without telling. Then the
+        `info` is what a successful create told. It counts as asked now: who was asked while it was
+        on its way may have said no. `may_have`: the server may have carried out the create without
+        telling. Then the
         claim stays until the server says that it has no such meeting, or is lost. Otherwise the
         claim ends, unless another create is on its way, or an earlier one may have been carried
         out.
@@ -1587,6 +1617,9 @@ class Directory:
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
         for server, answer in self.ask(servers, call):
             info = info_by(answer)
+            if info is None and answer.returncode == "SUCCESS":
+                # it cannot be read, but is a yes
+                info = MeetingInfo(meeting_id)
             # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
@@ -1597,7 +1630,6 @@ class Directory:
             elif info or answer.returncode == "FAILED":
                 # FAILED can only mean that it has no such meeting: a checksumError is not usable
                 self.forget(server, meeting_id, asked)
-            # else it is a SUCCESS that cannot be read, and may be a yes
 
     def probe(self, meeting_id: str) -> float:
         """Ask all servers that are not down for a meeting. Return the time when they were asked.
@@ -1674,7 +1706,7 @@ def survey(directory: Directory, server: Server) -> None:
     was_up = server.is_up
     if root.find("meetings") is None:
         # it is up, but what it told is cut short, or too much: that says nothing of its meetings
-        server.note_up(asked)
+        directory.note_up(server, asked)
         return
     told = map(info_in, root.iterfind("meetings/meeting"))
     infos = [info for info in told if info.meeting_id]
@@ -1706,10 +1738,11 @@ def watch(directory: Directory, server: Server) -> None:
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A CDATA section that BBB wrote. A user can type "<![CDATA[" into a name, too: such a false section
 # would run past the end of its element. So a section is taken only if there is no end of one of
-# these elements in it, and no begin of another section.
+# these elements in it, and no begin of another section. It is bounded, as each character costs some
+# memory while its end is looked for.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
-    r"|<!\[CDATA\[).)*?)\]\]>",
+    r"|<!\[CDATA\[).){0,100000}?)\]\]>",
     re.DOTALL,
 )
 # The elements whose children have the names that people typed.
