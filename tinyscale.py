@@ -25,8 +25,8 @@ and Connections. Outside of Part I secrets are read by read_settings and what it
 signs; Directory.use and examine hand entries on; join hands out a URL that was signed. XML that
 servers send is parsed by parse alone; Answer.returncode, judge, is_denial, items_of and destroy_on
 search its bytes for a word.
-Also outside of it, but for every connection: listen and read_tls make the listener,
-connection_limit says how many there may be, count_call counts.
+Three more things outside of Part I touch every connection: listen and read_tls make the listener,
+connection_limit says how many connections there may be, and count_call counts calls.
 
 Every server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
@@ -77,7 +77,7 @@ log = logging.getLogger("tinyscale")
 
 # To reach an address of a server, and again for its TLS handshake. DNS has no limit.
 CONNECT_TIMEOUT = 3
-# For this time we read on after a deadline: if our machine was paused, the answer came meanwhile.
+# More seconds after a deadline: if our machine was paused, the answer may lie in the socket.
 LATE = 0.5
 # For a client's TLS handshake, the head of its request and a form together; and, after a refusal,
 # to read on what it still sends.
@@ -202,8 +202,9 @@ def verify(
     for part in parts:
         raw_name, _, raw_value = part.partition("=")
         name = unquote_plus(raw_name)
-        # of these some of BBB's calls take the first and some the last: who could put in a second
-        # one, by a name that a front end does not encode, shall not lead us elsewhere than BBB
+        # of a repeated checksum, meetingID or recordID some of BBB's calls take the first, and some
+        # the last. A guest could slip in a second one, by the name "Ann&meetingID=x", if a front
+        # end forgets to encode it; then we could choose another meeting than BBB. So it is refused
         if name in params and name in ("checksum", "meetingID", "recordID"):
             raise refused
         # of all others the first counts, as in BBB
@@ -348,7 +349,7 @@ class SignedRequest(urllib.request.Request):
     may_repeat = False
     # a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
-    # when the answer must be there, also that to a repeat
+    # when the answer must be there; a repeat does not get a new deadline
     deadline = 0.0
 
 
@@ -361,10 +362,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # the file that http.client made on the socket: it is never used, only kept. http.client may
-        # close the connection before the body has been read; but a socket stays open as long as its
-        # count of files is not 0. makefile() raised that count for this file, and nobody for Drops.
-        # To close either lowers it. So this one must stay open until Drops is closed
+        # the file that http.client made on the socket: it is never read, only kept. The socket
+        # counts its open files: one for this file, none for Drops. http.client may close the
+        # connection before the body has been read, and the socket closes when the count is 0.
+        # Python would close this file if nobody kept it
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -556,10 +557,12 @@ REQUEST = re.compile(
 )
 # A bare LF ends the reading, too, or we would wait for CR LF in vain: parse_head refuses it.
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
-# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/. A checksum
-# covers a name and a query with nothing between. That of a guest's join link is right for
-# joi?nmeetingID=... and joinm?eetingID=..., too: a guest could send these with a body. Therefore no
-# other call may begin with a j. A guest has no signed URL of any other call.
+# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
+#
+# A checksum covers a name and a query with nothing between. That of a guest's join link is right for
+# joi?nmeetingID=... and joinm?eetingID=..., too. A guest could send these with a body of 100 MiB, as
+# slowly as wanted; of a real join no body is read, see read_call. Therefore no other call may begin
+# with a j. A guest has no signed URL of any other call.
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -627,8 +630,8 @@ class Handler:
         self.address = address
         self.started = time.monotonic()
         # since when the client keeps us waiting: for its head, then to take its answer. NEVER while
-        # we work for a call whose checksum was right, a guest's join too, or read its slides: then
-        # close_slowest closes another connection
+        # we work for a call whose checksum was right, be it a guest's join, and while we read the
+        # slides of such a call: then close_slowest spares this connection
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
@@ -684,9 +687,10 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # our machine may have been paused: so after the deadline we still take what lies ready
-        # (1 ms) if the buffer is empty. It is while nothing of the head has been read; and while a
-        # form is read that came after its head. That can take a minute at most, for its 64 KiB
+        # our machine may have been paused: so after the deadline we still take what lies ready, in
+        # 1 ms, while the buffer is empty. That is so before the first byte of a head; and while we
+        # read a form whose head came alone. Who sends such a form byte by byte, one a millisecond,
+        # has a minute for its 64 KiB, instead of 10 s: that is accepted
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -778,9 +782,10 @@ class Handler:
 
         Raises ApiError.
         """
-        # what is in a body is not signed, so no parameters may be there: of a call with a query a
-        # form is refused. But some clients label their XML as a form. (What BBB makes of the fields
-        # of multipart is its own matter: only who has a right query can send them)
+        # what is in a body is not signed, so no parameters may be there: a call that has a query in
+        # its URL may not have a form, too. But some clients label their XML as a form. (What BBB
+        # makes of the fields of multipart is its own matter: only who has a right query can send
+        # them)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -844,8 +849,7 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            # from now on it is to is_busy as a client that has just come: a stop need not wait for
-            # it
+            # is_busy compares these two times: if they are equal, a stop does not wait for the client
             self.started = self.waiting_since
             self.linger()
 
@@ -915,9 +919,11 @@ class Balancer(http.server.ThreadingHTTPServer):
         """Close the connection of who has kept us waiting longest, a second at least.
 
         While we work for a verified call its connection is not closed (unless it was verified at
-        this very moment). But that of a client that takes its answer slowly may be. If we work for
-        verified calls alone nobody else gets in: that takes a thousand calls that wait for servers,
-        or signed URLs of others and slow bodies, which a proxy before us holds back.
+        this very moment). But that of a client that takes its answer slowly may be.
+
+        So nobody else gets in if all connections are such calls: if a thousand calls wait for
+        servers at once; or if somebody who got hold of a signed URL sends a thousand slow bodies. A
+        proxy before us prevents the second.
 
         In any case, wait a moment for a thread to end.
         """
@@ -992,8 +998,8 @@ OUR_TROUBLE = (
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# A proxy says so if there is no BBB behind it; only with 504 BBB may have carried out the call.
-# (With 502, too, if BBB broke off just then. But then it is restarted, and has lost its meetings.)
+# What a proxy answers if no BBB works behind it. After 504 BBB may still have carried out the call.
+# After 502, too, if it broke off just then; but then it is restarted, and has lost its meetings.
 GONE = (404, 502, 503, 504)
 
 
@@ -1036,8 +1042,8 @@ class Server(Connections):
         # how many seconds its last answer took
         self.took = 0.0
         self.version = ""
-        # after a create failed there: good surveys until it is as good as the others for new
-        # meetings
+        # how many good surveys it needs, after a create failed there, until it gets new meetings as
+        # the others do
         self.doubts = 0
         # there is a thread that surveys it; and its first survey has ended, be it in vain
         self.is_watched = False
@@ -1102,8 +1108,8 @@ class Server(Connections):
             # it is passed on, but may be a proxy's, and says nothing of BBB
             return answer
         self.answered = max(self.answered, asked)
+        # if it is down, only its next survey shows that it is up again
         if self.state == "unknown":
-            # if it is down, only its next survey shows that it is up again
             self.note_up(asked)
         if call.route.is_read and call.route.tells_health:
             # not a list of recordings, for example, which takes its time
@@ -1391,7 +1397,7 @@ class Directory:
                         self.forget(server, key, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
-            # it may have told of one
+            # the list may have a meeting that we noted as absent
             self.absent.clear()
             # denials guard against a yes that was asked for earlier and comes later: no question
             # about meetings takes so long
@@ -1475,7 +1481,7 @@ class Directory:
                 # a cordoned server is always asked: what has ended there must begin elsewhere
                 if home is None or home.server.entry.cordoned or not is_fresh:
                     return None
-                # nothing that is known is too old
+                # only so that it is a number: what is known is fresh, and that is all we need
                 asked = LONG_AGO
             if home is None:
                 server, why = self.choose(tried, asked, parent)
@@ -1496,11 +1502,11 @@ class Directory:
         """Note that a create has come to its end.
 
         `info` is what a successful create told. It counts as asked now: who was asked while it was
-        on its way may have said no. `may_have`: the server may have carried out the create without
-        telling. Then the
-        claim stays until the server says that it has no such meeting, or is lost. Otherwise the
-        claim ends, unless another create is on its way, or an earlier one may have been carried
-        out.
+        on its way may have said no.
+
+        `may_have`: the server may have carried out the create without telling. Then the claim stays
+        until the server says that it has no such meeting, or is lost. Otherwise the claim ends,
+        unless another create is on its way, or an earlier one may have been carried out.
         """
         with self.lock:
             claim = self.claims[meeting_id]
@@ -1564,8 +1570,8 @@ class Directory:
         for key, meeting in self.meetings.items():
             # a create tells nothing of people, but the last survey did
             info = server.listed.get(key, meeting.info)
-            # one that the server's last list lacks is here only because that list had to be mended,
-            # so that nothing was forgotten
+            # not one that the server's last list lacks. It is still remembered only because that
+            # list had to be mended: then `learn` forgets nothing
             is_ours = meeting.server is server and meeting.asked >= server.surveyed
             # and each meeting is here by two IDs
             is_ours = is_ours and key == info.meeting_id
@@ -1750,8 +1756,8 @@ CUSTOM = ("customdata", "metadata")
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
 MAX_DEPTH = 30
 TOO_DEEP = "/".join("*" * MAX_DEPTH)
-# In the longest list of recordings that an answer can hold there are fewer. Tiny elements would
-# make gigabytes of it.
+# No real list has so many tags. An answer of 32 MiB of tiny elements would need gigabytes when it is
+# parsed.
 MAX_TAGS = 2_000_000
 
 
@@ -1765,9 +1771,10 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # a section that is left, or an instruction, was begun by a typed name, and may hide the end of
-    # an element. A comment cannot hide much: the name !--x makes <!--x>...</!--x>, and no parser
-    # takes the second "--"; the name !-- makes <!-->...</!-->, a comment that ends there
+    # BBB makes names of elements of typed names. A section that is left, or an instruction, was
+    # begun by one, and may hide the end of an element. A comment cannot hide much: the typed name
+    # !--x makes <!--x>...</!--x>, of which no parser takes the second "--"; the typed name !--
+    # makes <!-->...</!-->, a comment that ends there
     if "<![CDATA[" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -1795,7 +1802,7 @@ def mend(text: str) -> ET.Element:
         is_custom = parent.tag in CUSTOM
         if tag.startswith("</"):
             name = tag[2:-1]
-            # in custom data only that itself can end
+            # in custom data only its own end counts: its children are never in `opened`
             ending = [parent] if is_custom else opened[1:]
             if name in [element.tag for element in ending]:
                 while opened.pop().tag != name:
@@ -1965,7 +1972,8 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     parent_id = call.params.get("parentMeetingID", "")
     parent = directory.find(parent_id)[0] if parent_id else None
     placed = directory.claim(call.meeting_id, tried, None, parent)
-    # once at most: given the time of a probe, claim returns a server, or raises
+    # once at most, as claim returns a server or raises if it is given the time of a probe. `if`
+    # would do, but no type checker could tell
     while placed is None:
         asked = directory.probe(call.meeting_id)
         placed = directory.claim(call.meeting_id, tried, asked, parent)
@@ -2033,8 +2041,8 @@ def is_denial(call: ApiCall, answer: Answer) -> bool:
 def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Answer:
     """A call about no meeting that we know: to the first server that is up, for BBB's own answer.
 
-    If that cannot be reached, to the next one, unless it took so long that the caller would wait
-    for a second silent server.
+    If that cannot be reached, to the next one; but no more once CONNECT_TIMEOUT is over, so that no
+    caller waits for two silent servers.
     """
     deadline = directory.clock() + CONNECT_TIMEOUT
     failure = Unavailable()
@@ -2677,7 +2685,7 @@ def is_secret(value: object) -> bool:
 # expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
 # a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
 # digits. So of most keys a short value may be shown, but no list or object, and nothing with an
-# "@". Of the host what looks like a plain URL may be shown: without a blank, a password or a query.
+# "@". A host is shown only if it has no blank, no "@" and no query.
 ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
     "host": (
         base_url,
@@ -2885,7 +2893,7 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     secrets = read_secrets(given["TINYSCALE_SECRET"], given["TINYSCALE_SECRET_FILE"])
     tls = read_tls(given["TINYSCALE_CERT"], given["TINYSCALE_KEY"])
     has_journal = is_journal(given["JOURNAL_STREAM"])
-    # last: by then the files can be read
+    # last: only now it is sure that the files can be read
     warnings = list(read_warnings(given, secrets, secret_files, is_socket_unit))
     return Settings(
         entries,
@@ -3063,8 +3071,8 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 def is_busy(balancer: Balancer) -> bool:
     """Whether somebody waits for an answer, or takes it, or has only just begun to ask."""
     now = time.monotonic()
-    # Handler changes waiting_since when the checksum was right, and makes the two times equal again
-    # when it only drops what the client still sends
+    # Handler makes the two times differ when the checksum was right, and when it begins to answer;
+    # and it makes them equal again when it only drops what the client still sends
     return any(
         handler.waiting_since != handler.started or now - handler.started < 1
         for handler in list(balancer.handlers)
@@ -3108,7 +3116,8 @@ def serve(environment: Environment) -> int:
         wake.set()
     log.info("stopping")
     notify(balancer.settings, "STOPPING=1")
-    # a second signal ends at once; also in a container, where the system would do nothing
+    # a second signal ends at once. It needs a handler: in a container we may be process 1, for
+    # which the system ignores signals without one
     for last in STOP_SIGNALS:
         signal.signal(last, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
