@@ -3,11 +3,11 @@
 
 It verifies the checksum of each API call, finds the server that runs the meeting, signs the call
 again with that server's secret and relays the answer. A meeting that exists nowhere is created on
-the next server of servers.json.
+the next server of servers.json, or on the one with the least load.
 
 The way of a call:
 
-    Balancer.process_request   accepts a connection, which a thread of a pool serves
+    Balancer.process_request   gets an accepted connection, which a thread of a pool serves
     Handler.serve              begins with TLS, and closes it at the end
     Handler.handle             reads one request, writes one answer
     Handler.read_head          reads its head; parse_head refuses what is no plain HTTP
@@ -108,7 +108,8 @@ MAX_QUERY = 7000
 
 # By their length in hex, as BBB tells them apart: the caller chooses. SHA-1 is weak where somebody
 # can make two texts with one digest. Here both would have to be URL-encoded, and begin with a call
-# and parameters that a front end signs: nobody can do that.
+# and parameters that a front end signs: no such texts are known, and old front ends have only
+# SHA-1.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -559,10 +560,10 @@ REQUEST = re.compile(
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
 #
-# A checksum covers a name and a query with nothing between. That of a guest's join link is right for
-# joi?nmeetingID=... and joinm?eetingID=..., too. A guest could send these with a body of 100 MiB, as
-# slowly as wanted; of a real join no body is read, see read_call. Therefore no other call may begin
-# with a j. A guest has no signed URL of any other call.
+# A checksum covers a name and a query with nothing between. That of a guest's join link is right
+# for joi?nmeetingID=... and joinm?eetingID=..., too. A guest could send these with a body of 100
+# MiB, as slowly as wanted; of a real join no body is read, see read_call. Therefore no other call
+# may begin with a j. A guest has no signed URL of any other call.
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -761,8 +762,8 @@ class Handler:
         # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
         # slowly
         has_body = self.head.length > 0 and call.name != "join"
-        # a form is the query if the URL has none, but for the checksum. Another body of that type
-        # can only be XML, see read_slides
+        # if the query of the URL is empty, or has the checksum alone, then a form is the query.
+        # Another body of that type can only be XML, see read_slides
         is_form = has_body and media_type == FORM and not re.sub("^checksum=[^&]*$", "", query)
         if is_form:
             call.content_type = FORM
@@ -849,7 +850,8 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            # is_busy compares these two times: if they are equal, a stop does not wait for the client
+            # is_busy compares these two times: if they are equal, a stop does not wait for the
+            # client
             self.started = self.waiting_since
             self.linger()
 
@@ -1025,7 +1027,8 @@ class Server(Connections):
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry)
         self.slots = threading.BoundedSemaphore(MAX_WAITING)
-        # recordings take a minute: no other call shall lack a slot for them
+        # recordings take a minute, and so have slots of their own: no other call shall wait for
+        # them
         self.recording_slots = threading.BoundedSemaphore(MAX_WAITING)
         # unknown until it has answered or failed once; then up or down, since when, and why
         self.state = "unknown"
@@ -1045,9 +1048,11 @@ class Server(Connections):
         # how many good surveys it needs, after a create failed there, until it gets new meetings as
         # the others do
         self.doubts = 0
-        # there is a thread that surveys it; and its first survey has ended, be it in vain
+        # there is a thread that surveys it; its first survey has ended, be it in vain; and a survey
+        # has shown that it is up
         self.is_watched = False
         self.first_survey_ended = False
+        self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1101,7 +1106,8 @@ class Server(Connections):
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
-            # the first time it may have been carried out
+            # a create, see sign_again: the first time it may have been carried out. Before `judge`,
+            # which would say of a 502 that it was not
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         if not answer.returncode and answer.status >= 400:
@@ -1409,18 +1415,19 @@ class Directory:
                 is_over = not claim.sending and claim.gave_up < old
                 if is_over and claim.server not in self.servers:
                     del self.claims[key]
+            server.surveyed = asked
             # before anybody else can look: else its meetings could count as lost
             self.note_up(server, asked)
-            server.surveyed = asked
 
     def note_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
             others = [other for other in self.servers if other is not server]
             # a new server may have come up by another call already
-            has_come_up = not server.is_up or not server.surveyed
+            has_come_up = not server.is_up or not server.is_shown_up
             if has_come_up and not any(other.is_up for other in others):
                 self.recovered = self.clock()
+            server.is_shown_up = True
             server.note_up(asked)
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
@@ -1443,6 +1450,7 @@ class Directory:
 
         It was taken out of the list, or has been down for HOLD. If all servers were down, our own
         network may have failed: then HOLD counts from the moment when the first one came back.
+        (What was lost before that is held again for this time: we cannot tell it apart.)
         """
         if not server.is_down:
             return server not in self.servers
@@ -1756,8 +1764,8 @@ CUSTOM = ("customdata", "metadata")
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
 MAX_DEPTH = 30
 TOO_DEEP = "/".join("*" * MAX_DEPTH)
-# No real list has so many tags. An answer of 32 MiB of tiny elements would need gigabytes when it is
-# parsed.
+# No real list has so many tags. An answer of 32 MiB of tiny elements would need gigabytes when it
+# is parsed.
 MAX_TAGS = 2_000_000
 
 
@@ -2061,7 +2069,8 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
 def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
     """The usable answers of the servers that do not refuse the call, in the order of the list.
 
-    Raises Unavailable if there is none; if all servers refuse, it has BBB's own answer.
+    Raises Unavailable if there is none. If all servers refuse, the caller gets BBB's own words, as
+    the page of that error.
     """
     # a reload puts another list in its place
     every = directory.servers
@@ -3063,7 +3072,8 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
     In a thread of its own: a file system that hangs must not hold up a stop.
     """
     while True:
-        is_forced = wake.wait(SURVEY_INTERVAL)
+        wake.wait(SURVEY_INTERVAL)
+        is_forced = wake.is_set()
         wake.clear()
         attempt("reading the settings", reload, balancer, environment, is_forced)
 
