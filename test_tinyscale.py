@@ -9992,8 +9992,8 @@ def run_all():
     started = time.monotonic()
     cases = [thing for thing in globals().values() if isinstance(thing, type)]
     cases = [case for case in cases if issubclass(case, unittest.TestCase)]
-    # those that start processes take longest
-    cases.sort(key=lambda case: not issubclass(case, ProcessCase))
+    # first those that take longest, as they wait for silent servers, or start processes
+    cases.sort(key=lambda case: not issubclass(case, (OutageTest, ProcessCase)))
     names = [case.__name__ for case in cases if case.__name__ not in ("ClusterTest", "ProcessCase")]
     counts, broken = [], []
     with futures.ThreadPoolExecutor(WORKERS) as threads:
