@@ -92,6 +92,8 @@ from urllib.parse import parse_qsl, quote_plus, unquote_plus
 import tinyscale
 
 tinyscale.log.addHandler(logging.NullHandler())  # a thread that outlives its test prints nothing
+# what a shell starts with "&" ignores Ctrl-C, and so would all that we start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "tinyscale.py")
 SECRET = "the-front-ends-secret"
