@@ -1102,7 +1102,8 @@ class ClusterTest(unittest.TestCase):
     def use(self, settings):
         """What tinyscale.apply does, but that nobody surveys the servers."""
         self.balancer.settings = settings
-        self.servers_had += self.directory.use(settings.entries, settings.placement)
+        self.directory.use(settings.entries, settings.placement)
+        self.servers_had += self.directory.servers
 
     def load(self, entries=None):
         """Have tinyscale read the settings again."""
@@ -1116,8 +1117,7 @@ class ClusterTest(unittest.TestCase):
         for directory in self.directories:
             directory.threads.shutdown()
         for server in set(self.servers_had):
-            while server.kept:
-                server.kept.pop().close()
+            server.close_kept()
 
     def survey(self):
         """A survey of all servers, after which the fakes have been asked nothing."""
@@ -4222,7 +4222,8 @@ class EvidenceTest(unittest.TestCase):
         now = 100.0
         directory = tinyscale.Directory(lambda: now)
         entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
-        one, two = directory.use(entries, "turn")
+        directory.use(entries, "turn")
+        one, two = directory.servers
         directory.claim("room", (), now, one)
         now = 160.0
         directory.release("room", may_have=True)
@@ -4235,7 +4236,8 @@ class EvidenceTest(unittest.TestCase):
     def test_a_yes_that_comes_after_a_newer_no_is_no_news(self):
         directory = tinyscale.Directory(lambda: 100.0)
         entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
-        one, two = directory.use(entries, "turn")
+        directory.use(entries, "turn")
+        one, two = directory.servers
         room = tinyscale.MeetingInfo("room", created=1)
         directory.forget(one, "room", 12.0)
         # and a no that is older still changes nothing in that
@@ -4251,7 +4253,8 @@ class EvidenceTest(unittest.TestCase):
     def test_an_internal_id_takes_no_meeting_of_that_name_away(self):
         directory = tinyscale.Directory(lambda: 100.0)
         entries = [tinyscale.Entry(f"http://{name}", "s") for name in ("one", "two")]
-        one, two = directory.use(entries, "turn")
+        directory.use(entries, "turn")
+        one, two = directory.servers
         directory.remember(one, tinyscale.MeetingInfo("room", "room-1", created=2000), 98.0)
         directory.remember(two, tinyscale.MeetingInfo("mine", "room", created=3000), 99.0)
         self.assertIs(directory.home("room").server, one)
@@ -4869,6 +4872,14 @@ class OutageTest(ClusterTest):
     ODD = ("500", "a page", "malformed")
     SILENT = ("silent", "SYN swallowed")
 
+    def lose(self, meeting_id):
+        """The meeting is on the first server, which has been down for long now."""
+        self.fakes[0].put(meeting_id)
+        self.survey()
+        self.fakes[0].down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD + 1
+
     def test_after_an_outage_of_all_servers_each_has_its_time_to_be_found_again(self):
         """It was our own network: the meetings run, and the first survey is of one server."""
         first, second, _ = self.directory.servers
@@ -4963,11 +4974,7 @@ class OutageTest(ClusterTest):
 
     def test_the_word_of_who_has_a_claim_is_waited_for(self):
         """Another server says yes first, but of a meeting that began before the claim."""
-        self.fakes[0].put("room")
-        self.survey()
-        self.fakes[0].down()
-        self.survey()
-        self.clock.ahead += tinyscale.HOLD + 1
+        self.lose("room")
         self.fakes[1].faults["create"] = status(500)
         self.directory.turn = 1
         self.assertEqual(self.create("room").messageKey, "serverUnavailable")
@@ -4981,11 +4988,7 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.having("room"), [self.fakes[0]])
 
     def test_a_server_is_up_before_anybody_can_look_for_what_it_has_told(self):
-        self.fakes[0].put("room")
-        self.survey()
-        self.fakes[0].down()
-        self.survey()
-        self.clock.ahead += tinyscale.HOLD + 1
+        self.lose("room")
         self.fakes[0].up()
         server = self.directory.servers[0]
         note_up, seen = server.note_up, []
@@ -5291,8 +5294,7 @@ class OutageTest(ClusterTest):
 
     def drop_kept(self):
         for server in self.directory.servers:
-            while server.kept:
-                server.kept.pop().close()
+            server.close_kept()
 
     @contextlib.contextmanager
     def without_files(self):

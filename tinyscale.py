@@ -1226,15 +1226,14 @@ def attempt(what: str, job: Callable[..., Any], *arguments: object) -> Any:
         return None
 
 
-Servers = Collection[Server]
-
-
 def is_of_server(error: object) -> bool:
     """Whether an error may be the server's: it is not if our own machine lacks something."""
     return getattr(error, "errno", None) not in OUR_TROUBLE
 
 
 # ---- the directory: what is remembered of meetings -----------------------------------------------
+
+Servers = Collection[Server]
 
 
 class Meeting(NamedTuple):
@@ -1308,11 +1307,8 @@ class Directory:
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
 
-    def use(self, entries: Iterable[Entry], placement: str) -> list[Server]:
-        """Take these servers from now on.
-
-        One that stays keeps its state and its meetings. Return those that are new.
-        """
+    def use(self, entries: Iterable[Entry], placement: str) -> None:
+        """Take these servers from now on. One that stays keeps its state and its meetings."""
         with self.lock:
             self.placement = placement
             known = {str(server): server for server in self.servers}
@@ -1329,7 +1325,6 @@ class Directory:
             for key, meeting in list(self.meetings.items()):
                 if meeting.server not in self.servers:
                     del self.meetings[key]
-            return [server for host, server in servers.items() if host not in known]
 
     # -- what servers say
 
@@ -1471,12 +1466,12 @@ class Directory:
             return None
 
     def claim(
-        self, meeting_id: str, tried: Servers, asked: float | None, parent: Server | None
+        self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
     ) -> tuple[Server, str] | None:
         """The server for a create, and why: it has a claim from now on.
 
-        `asked` is when the servers were asked for the meeting, or None if they have not been asked.
-        Then claim returns None if they must be asked first.
+        `asked` is when the servers were asked for the meeting, or LONG_AGO if they have not been
+        asked. Then claim returns None if they must be asked first.
 
         The server is the one that has the meeting, or may have it; else one for a new meeting, see
         `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
@@ -1484,13 +1479,11 @@ class Directory:
         """
         with self.lock:
             home = self.home(meeting_id)
-            if asked is None:
-                is_fresh = home is not None and home.asked >= self.clock() - MEETING_TTL
+            if asked == LONG_AGO:
+                oldest = self.clock() - MEETING_TTL
                 # a cordoned server is always asked: what has ended there must begin elsewhere
-                if home is None or home.server.entry.cordoned or not is_fresh:
+                if home is None or home.server.entry.cordoned or home.asked < oldest:
                     return None
-                # only so that it is a number: what is known is fresh, and that is all we need
-                asked = LONG_AGO
             if home is None:
                 server, why = self.choose(tried, asked, parent)
             else:
@@ -1578,12 +1571,12 @@ class Directory:
         for key, meeting in self.meetings.items():
             # a create tells nothing of people, but the last survey did
             info = server.listed.get(key, meeting.info)
-            # not one that the server's last list lacks. It is still remembered only because that
-            # list had to be mended: then `learn` forgets nothing
-            is_ours = meeting.server is server and meeting.asked >= server.surveyed
-            # and each meeting is here by two IDs
-            is_ours = is_ours and key == info.meeting_id
-            if is_ours and not info.is_breakout:
+            # each meeting is here by two IDs
+            is_ours = meeting.server is server and key == info.meeting_id
+            # what the server's last list lacks is still remembered only because that list had to be
+            # mended: then `learn` forgets nothing
+            is_current = meeting.asked >= server.surveyed
+            if is_ours and is_current and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
                 people += max(info.participants, EXPECTED if is_young else 0)
         return people / server.entry.weight
@@ -1692,9 +1685,9 @@ class Directory:
         if not is_sure:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
-            if home is None and not any(server.answered >= asked for server in self.servers):
-                raise Unavailable("no server gives a usable answer")
             if home is None:
+                if not any(server.answered >= asked for server in self.servers):
+                    raise Unavailable("no server gives a usable answer")
                 self.absent[meeting_id] = asked
         if home is None:
             return None, "nowhere"
@@ -1979,7 +1972,7 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     """
     parent_id = call.params.get("parentMeetingID", "")
     parent = directory.find(parent_id)[0] if parent_id else None
-    placed = directory.claim(call.meeting_id, tried, None, parent)
+    placed = directory.claim(call.meeting_id, tried, LONG_AGO, parent)
     # once at most, as claim returns a server or raises if it is given the time of a probe. `if`
     # would do, but no type checker could tell
     while placed is None:
@@ -2690,6 +2683,8 @@ def is_secret(value: object) -> bool:
     return isinstance(value, str) and is_bare
 
 
+# A regular expression, see ENTRY_RULES.
+SHORT_VALUE = "[^@{[]{,20}"
 # A key of an entry of servers.json: what tests its value; what the value must be; and a regular
 # expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
 # a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
@@ -2705,13 +2700,13 @@ ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
     "weight": (
         lambda value: type(value) is int and 1 <= value <= 100,
         "must be a whole number from 1 to 100",
-        "[^@{[]{,20}",
+        SHORT_VALUE,
     ),
-    "cordoned": (lambda value: isinstance(value, bool), "must be true or false", "[^@{[]{,20}"),
+    "cordoned": (lambda value: isinstance(value, bool), "must be true or false", SHORT_VALUE),
     "checksum": (
         lambda value: value in ALGORITHMS.values(),
         f"must be one of {', '.join(ALGORITHMS.values())}",
-        "[^@{[]{,20}",
+        SHORT_VALUE,
     ),
 }
 
@@ -3212,7 +3207,8 @@ def check(environment: Environment) -> int:
     # the lines that are printed say it all
     logging.disable()
     directory = Directory()
-    servers = directory.use(settings.entries, settings.placement)
+    directory.use(settings.entries, settings.placement)
+    servers = directory.servers
     for line in directory.threads.map(examine, [directory] * len(servers), servers):
         print(line, flush=True)
     trouble = [f"tinyscale itself: {warning}" for warning in settings.warnings]
