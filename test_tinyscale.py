@@ -3465,6 +3465,12 @@ class RoutingTest(ClusterTest):
             self.assertEqual(
                 (answer.returncode, self.having(f"breakout{number}")), ("SUCCESS", [parent])
             )
+        # once it is there nobody is asked for its parent, not even if that has ended
+        del parent.meetings["parent"]
+        self.survey()
+        again = self.create("breakout0", "&isBreakout=true&parentMeetingID=parent")
+        self.assertNotEqual(again.messageKey, "serverUnavailable")
+        self.assertEqual(sum(self.counts("getMeetingInfo")), 0)
         lost = self.create("lost", "&isBreakout=true&parentMeetingID=no")
         self.assertEqual(lost.messageKey, "parentMeetingDoesNotExist")
         self.assertEqual(self.create("plain", "&parentMeetingID=").returncode, "SUCCESS")

@@ -1970,12 +1970,12 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
 
     All servers are asked first, unless the meeting's is known. Raises as Directory.claim does.
     """
-    parent_id = call.params.get("parentMeetingID", "")
-    parent = directory.find(parent_id)[0] if parent_id else None
-    placed = directory.claim(call.meeting_id, tried, LONG_AGO, parent)
+    placed = directory.claim(call.meeting_id, tried, LONG_AGO, None)
     # once at most, as claim returns a server or raises if it is given the time of a probe. `if`
     # would do, but no type checker could tell
     while placed is None:
+        parent_id = call.params.get("parentMeetingID", "")
+        parent = directory.find(parent_id)[0] if parent_id else None
         asked = directory.probe(call.meeting_id)
         placed = directory.claim(call.meeting_id, tried, asked, parent)
     return placed
