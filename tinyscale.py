@@ -306,7 +306,7 @@ class ApiCall:
     name: str
     # raw, without its checksum: it goes on byte for byte
     query: str = ""
-    # the same, decoded; empty for a call of our own
+    # the same, decoded; empty until it is verified, and for a call of our own
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; makes the call a POST
     body: bytes = b""
@@ -850,9 +850,6 @@ class Handler:
         self.send(head.encode("latin-1") + body)
         # "": the head itself was refused
         if self.reserved < self.head.length or not self.head.path:
-            # is_busy compares these two times: if they are equal, a stop does not wait for the
-            # client
-            self.started = self.waiting_since
             self.linger()
 
     def send(self, data: bytes) -> None:
@@ -1048,10 +1045,9 @@ class Server(Connections):
         # how many good surveys it needs, after a create failed there, until it gets new meetings as
         # the others do
         self.doubts = 0
-        # there is a thread that surveys it; its first survey has ended, be it in vain; and a survey
-        # has shown that it is up
+        # there is a thread that surveys it
         self.is_watched = False
-        self.first_survey_ended = False
+        # a survey has shown once that it is up: before that, its meetings are not known
         self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1412,9 +1408,9 @@ class Directory:
                     del self.claims[key]
             server.surveyed = asked
             # before anybody else can look: else its meetings could count as lost
-            self.note_up(server, asked)
+            self.note_shown_up(server, asked)
 
-    def note_up(self, server: Server, asked: float) -> None:
+    def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
             others = [other for other in self.servers if other is not server]
@@ -1661,13 +1657,10 @@ class Directory:
         return asked
 
     def wait_until_known(self) -> None:
-        """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
+        """Wait until a survey has shown of each server that it is up, or down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
-            if all(
-                server.surveyed or server.first_survey_ended or server.is_down
-                for server in self.servers
-            ):
+            if all(server.is_shown_up or server.is_down for server in self.servers):
                 return
             time.sleep(0.02)
 
@@ -1713,7 +1706,7 @@ def survey(directory: Directory, server: Server) -> None:
     was_up = server.is_up
     if root.find("meetings") is None:
         # it is up, but what it told is cut short, or too much: that says nothing of its meetings
-        directory.note_up(server, asked)
+        directory.note_shown_up(server, asked)
         return
     told = map(info_in, root.iterfind("meetings/meeting"))
     infos = [info for info in told if info.meeting_id]
@@ -1733,7 +1726,6 @@ def watch(directory: Directory, server: Server) -> None:
     while server in directory.servers:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
-        server.first_survey_ended = True
         if server.wake.wait(SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -3074,13 +3066,11 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 
 
 def is_busy(balancer: Balancer) -> bool:
-    """Whether somebody waits for an answer, or takes it, or has only just begun to ask."""
+    """Whether somebody's call was verified and is not at its end, or has only just begun."""
     now = time.monotonic()
-    # Handler makes the two times differ when the checksum was right, and when it begins to answer;
-    # and it makes them equal again when it only drops what the client still sends
+    # only a call that was verified has parameters. Who kept us waiting for longer is a stranger
     return any(
-        handler.waiting_since != handler.started or now - handler.started < 1
-        for handler in list(balancer.handlers)
+        handler.call.params or now - handler.started < 1 for handler in list(balancer.handlers)
     )
 
 
