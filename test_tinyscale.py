@@ -4933,8 +4933,9 @@ class OutageTest(ClusterTest):
                     self.fakes[2].faults["getMeetings"] = fault
                 else:
                     # it shows by another call that it is up
-                    call = tinyscale.ApiCall("getMeetingInfo", "meetingID=room")
+                    call = tinyscale.ApiCall("isMeetingRunning", "meetingID=room")
                     new.call_unlimited(call)
+                    self.assertTrue(new.is_up)
                 tinyscale.survey(self.directory, new)
                 self.assertEqual(self.states(), ["down", "down", "up"])
                 self.assertFalse(self.directory.is_lost(self.directory.servers[0]))
@@ -4947,6 +4948,20 @@ class OutageTest(ClusterTest):
                 self.fakes[0].meetings.clear()
                 self.fakes[2].faults.clear()
 
+    def test_who_went_down_since_its_survey_was_asked_has_not_come_back(self):
+        """So it gives nobody more time."""
+        self.survey()
+        asked = self.clock.monotonic()
+        self.clock.ahead += 1
+        for fake in self.fakes:
+            fake.down()
+        self.survey()
+        self.clock.ahead += tinyscale.HOLD + 1
+        first = self.directory.servers[0]
+        self.directory.learn(first, [], asked, True)
+        self.assertEqual(self.states(), ["down"] * 3)
+        self.assertTrue(self.directory.is_lost(first))
+
     def test_a_yes_that_cannot_be_read_is_a_yes(self):
         self.fakes[1].put("room")
         cut = status(200, SUCCESS + "<meetingID>ro", "text/xml")
@@ -4954,13 +4969,16 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.create("room").messageKey, "duplicateWarning")
         self.assertEqual(self.having("room"), [self.fakes[1]])
 
-    def test_a_server_that_never_lists_its_meetings_delays_no_new_ones(self):
-        """It answers SUCCESS, so it counts as up."""
-        self.fakes[0].faults["getMeetings"] = status(200, SUCCESS + "</response>", "text/xml")
+    def test_a_server_that_never_lists_its_meetings_delays_new_ones_once(self):
+        """It answers all else, so it counts as up."""
+        self.fakes[0].faults["getMeetings"] = status(500)
         self.start()
         server = self.directory.servers[0]
-        self.assertEqual((self.states(), server.surveyed), (["up", "up", "up"], 0))
-        self.assertEqual(background(self.create, "room").result(5).returncode, "SUCCESS")
+        self.assertEqual((self.states(), server.surveyed), (["down", "up", "up"], 0))
+        with self.watched(server):
+            self.assertTrue(until(lambda: server.first_survey_ended))
+            server.note_up(self.clock.monotonic())
+            self.assertEqual(background(self.create, "room").result(5).returncode, "SUCCESS")
 
     def test_a_create_is_not_tried_elsewhere_with_too_little_time(self):
         """Silence would be taken for an outage then."""
@@ -5586,6 +5604,15 @@ class OutageTest(ClusterTest):
         self.assertEqual(create.result(5).messageKey, "duplicateWarning")
         self.assertEqual(self.having("hidden too"), [last])
 
+    def test_a_server_that_refuses_its_first_survey_has_never_been_up(self):
+        self.start_unknown()
+        refusal = "<response><returncode>FAILED</returncode><messageKey>odd</messageKey></response>"
+        self.fakes[0].faults["getMeetings"] = status(200, refusal, "text/xml")
+        self.clear_log()
+        self.survey_one(0)
+        self.assertEqual(self.states()[0], "down")
+        self.assertNotIn("is up", self.log.getvalue())
+
     def test_at_the_start_the_first_list_of_a_server_is_waited_for_even_if_it_answers_before(self):
         self.fakes[1].put("room")
         self.start_unknown()
@@ -5840,8 +5867,8 @@ class OutageTest(ClusterTest):
     def test_a_meeting_whose_server_is_slow_for_long_stays_there(self):
         """It answers some calls, so it is up; but no survey, so memory is stale, and no probe."""
         owner, server = self.fakes[0], self.directory.servers[0]
-        for is_down in (False, True):
-            with self.subTest(is_down=is_down):
+        for later, is_down in (("getSessions", True), ("isMeetingRunning", False), (None, True)):
+            with self.subTest(later):
                 owner.put("room")
                 self.survey()
                 self.survey()
@@ -5852,9 +5879,9 @@ class OutageTest(ClusterTest):
                     probe = background(self.directory.find, "room")
                     self.assertTrue(arrived.wait(5))
                     self.assertEqual(probe.result(5), (server, "remembered"))
-                if not is_down:
-                    # it answers what was asked later
-                    server.call(tinyscale.ApiCall("hooks/list"), "test")
+                if later:
+                    # it answers what was asked later: not each call tells its health
+                    server.call(tinyscale.ApiCall(later, "meetingID=room"), "test")
                 gate.set()
                 self.assertTrue(until(lambda: server.is_down == is_down))
                 # it still cannot say whether it has the meeting

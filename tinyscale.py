@@ -106,10 +106,10 @@ MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart: the caller chooses. SHA-1 is weak where somebody
-# can make two texts with one digest. Here both would have to be URL-encoded, and begin with a call
-# and parameters that a front end signs: no such texts are known, and old front ends have only
-# SHA-1.
+# By their length in hex, as BBB tells them apart: the caller chooses. Old front ends have only
+# SHA-1. It is weak where somebody can make two texts with one digest: who chooses a name could try
+# to have one call signed, and to send another. But both texts would have to be URL-encoded, and to
+# begin with the same call and parameters of a front end: no such texts are known.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -187,10 +187,10 @@ def verify(
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
     A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
-    knows the checksum of a call without parameters can send any form to that same call; BBB has it
-    so, too.
-    Such a checksum is known to front ends, and to who can read queries in the log of a proxy. It is
-    not known to a guest, whose join has parameters.
+    knows the checksum of a call over the empty query can send any form to that same call, to create
+    for example; BBB has it so, too.
+    Such a checksum is known to front ends that send forms in that way, and to who can read queries
+    in the log of a proxy. It is not known to a guest, whose join has parameters.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -363,10 +363,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # the file that http.client made on the socket: it is never read, only kept. The socket
-        # counts its open files: one for this file, none for Drops. http.client may close the
-        # connection before the body has been read, and the socket closes when the count is 0.
-        # Python would close this file if nobody kept it
+        # the file that http.client made on the socket, which Drops takes the place of. It is never
+        # read, only kept open until Drops has been read: a socket whose connection is closed stays
+        # open while it has an open file. Python would close this one if nobody kept it, and Drops
+        # does not count as one
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -374,7 +374,8 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # once: our machine may have been paused, and what came meanwhile lies ready
+            # between two reads our machine may have been paused: what came meanwhile lies ready, and
+            # is read once more. (A server that is silent ends the read itself, by its time)
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -543,6 +544,7 @@ def read_answer(response: http.client.HTTPResponse) -> bytes:
     body = bytearray()
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
         body += response.read1(CHUNK)
+    # too large, or cut short
     if len(body) > MAX_ANSWER or length not in (None, len(body)):
         raise http.client.IncompleteRead(b"")
     return bytes(body)
@@ -561,9 +563,10 @@ END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
 #
 # A checksum covers a name and a query with nothing between. That of a guest's join link is right
-# for joi?nmeetingID=... and joinm?eetingID=..., too. A guest could send these with a body of 100
-# MiB, as slowly as wanted; of a real join no body is read, see read_call. Therefore no other call
-# may begin with a j. A guest has no signed URL of any other call.
+# for joi?nmeetingID=... and joinm?eetingID=..., too: calls that do not exist, but could have a body
+# of 100 MiB. Who sends a body with a right checksum may be as slow as wanted (Handler.read_call),
+# and a thousand such guests would lock out all others. Therefore no call but join itself may begin
+# with a j, and of a join no body is read. A guest has no signed URL of any other call.
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -636,7 +639,7 @@ class Handler:
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
-        # what has been received, and is not used yet
+        # what of the head, or behind it, has been received; read_body leaves it as it is
         self.buffer = b""
         # the bytes of body that this connection has reserved, until it is closed: read_body adds up
         # those of all. If it is less than head.length, the body was not read, see respond
@@ -688,10 +691,10 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # our machine may have been paused: so after the deadline we still take what lies ready, in
-        # 1 ms, while the buffer is empty. That is so before the first byte of a head; and while we
-        # read a form whose head came alone. Who sends such a form byte by byte, one a millisecond,
-        # has a minute for its 64 KiB, instead of 10 s: that is accepted
+        # our machine may have been paused: so after the deadline we still take what lies ready
+        # (there is 1 ms for it), but only if no part of the head has come yet. (Of a form whose
+        # head came alone the buffer is empty, too. So who sends a byte of it each millisecond has a
+        # minute for its 64 KiB, instead of 10 s: that is accepted.)
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -734,7 +737,7 @@ class Handler:
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
         """A page of our own. If it is not public, user admin and the password are needed."""
         self.call.name = self.head.path
-        # some front ends ask for the version by POST
+        # some front ends ask for the version by POST. Of other pages GET stands there twice
         self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
         given = self.head.fields.get("authorization", "").encode()
         login = b"Basic " + base64.b64encode(f"admin:{password}".encode())
@@ -909,8 +912,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         handler = Handler(self, request, client_address[0])
         self.handlers.add(handler)
         # submit puts it into the pool's queue, and then begins a thread. If the system allows no
-        # more threads (RuntimeError), one of those that run will take it from there; or, if none
-        # runs, one that begins for the next connection
+        # more threads (RuntimeError), one of those that run will take it from there
         with suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
@@ -1035,9 +1037,9 @@ class Server(Connections):
         self.warned = ""
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # when the newest question was asked that it gave a usable answer to
+        # when the newest of the calls that tell its health was ASKED to which it gave a usable
+        # answer; and the same for any answer, also an error page
         self.answered = 0.0
-        # the same for any answer, also an error page
         self.reacted = 0.0
         # how many seconds its last answer took
         self.took = 0.0
@@ -1047,7 +1049,10 @@ class Server(Connections):
         self.doubts = 0
         # there is a thread that surveys it
         self.is_watched = False
-        # a survey has shown once that it is up: before that, its meetings are not known
+        # its first survey has ended, be it in vain: until then it may have meetings that we do not
+        # know
+        self.first_survey_ended = False
+        # a survey has shown that it is up; another call may have done so before
         self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1102,20 +1107,20 @@ class Server(Connections):
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
-            # a create, see sign_again: the first time it may have been carried out. Before `judge`,
-            # which would say of a 502 that it was not
+            # a create, see sign_again: the first time it may have been carried out. That the
+            # connection closed is no outage, and no reason for doubt. Before `judge`, which would
+            # say of a 502 that the create was not carried out
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
-        if not answer.returncode and answer.status >= 400:
-            # it is passed on, but may be a proxy's, and says nothing of BBB
+        if not call.route.tells_health:
+            # it says nothing of BBB: webhooks are another program, and recordings take long
             return answer
         self.answered = max(self.answered, asked)
-        # if it is down, only its next survey shows that it is up again
-        if self.state == "unknown":
-            self.note_up(asked)
-        if call.route.is_read and call.route.tells_health:
-            # not a list of recordings, for example, which takes its time
+        if call.route.is_read:
             self.took = time.monotonic() - asked
+        # if it is down, only its next survey shows that it is up again
+        if self.state == "unknown" and answer.returncode == "SUCCESS":
+            self.note_up(asked)
         return answer
 
     def close_kept(self) -> None:
@@ -1129,7 +1134,8 @@ class Server(Connections):
 
         An answer is usable if it is BBB's, or if nobody could tell.
         """
-        self.reacted = max(self.reacted, asked)
+        if call.route.tells_health:
+            self.reacted = max(self.reacted, asked)
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
@@ -1149,8 +1155,8 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # any failure of our survey is an outage. Only a client's getMeetings has a query, which
-            # may be what is wrong
+            # any failure of our survey is an outage; none of a client's getMeetings is, as it has a
+            # query, which may be what is wrong: our next survey tells
             is_outage = not call.query
         error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1249,7 +1255,8 @@ class Meeting(NamedTuple):
 class Claim:
     """A server's claim on a meetingID: it may have the meeting without having told.
 
-    For a create of ours is on its way to it, or we gave up waiting for the answer to one.
+    That is because a create of ours is on its way to it, or we gave up waiting for the answer to
+    one.
     """
 
     server: Server
@@ -1264,6 +1271,7 @@ class Claim:
         """As a Meeting's: how new our knowledge is.
 
         While a create is on its way it is newer than any: no server need be asked for the meeting.
+        Otherwise it is older than any: they must be asked.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1330,6 +1338,7 @@ class Directory:
         What is older than what we know is no news.
         """
         with self.lock:
+            # what was told last, be it by a server that is lost; below, `home` is what still counts
             known = self.meetings.get(info.meeting_id)
             denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
@@ -1338,7 +1347,8 @@ class Directory:
             home = self.home(info.meeting_id)
             first_heard = self.clock()
             if home and home.server is not server:
-                # a claim stays; of two meetings the newer one counts
+                # a claim stays; of two meetings the newer one counts. If that is the new one, it
+                # takes the other's place, as first heard of now
                 if isinstance(home, Claim) or home.info.created > info.created:
                     return
             elif known and known.info.created == info.created:
@@ -1346,8 +1356,9 @@ class Directory:
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
             # it is found by its internal ID, too, unless that is the meetingID of another meeting
-            alias = self.meetings.get(info.internal_id, meeting)
-            if info.internal_id and alias.info.meeting_id != info.internal_id:
+            other = self.meetings.get(info.internal_id)
+            is_taken = other is not None and other.info.meeting_id == info.internal_id
+            if info.internal_id and not is_taken:
                 self.meetings[info.internal_id] = meeting
             self.end_claim(server, info.meeting_id, asked)
 
@@ -1394,10 +1405,10 @@ class Directory:
                         self.forget(server, key, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
-            # the list may have a meeting that we noted as absent
+            # it is believed for a second, and would grow: what is cleared too early is asked again
             self.absent.clear()
-            # denials guard against a yes that was asked for earlier and comes later: no question
-            # about meetings takes so long
+            # denials guard against a yes that was asked for earlier and comes later. Only slow DNS
+            # could make a question take so long; then a wrong yes counts until the next survey
             old = asked - MEETING_TTL
             self.denials = {key: when for key, when in self.denials.items() if when > old}
             self.twins = {key: when for key, when in self.twins.items() if when > old}
@@ -1407,19 +1418,18 @@ class Directory:
                 if is_over and claim.server not in self.servers:
                     del self.claims[key]
             server.surveyed = asked
-            # before anybody else can look: else its meetings could count as lost
+            # before the lock is free: a server that comes back is still marked down, and `home`
+            # would take its meetings for lost
             self.note_shown_up(server, asked)
 
     def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
-            others = [other for other in self.servers if other is not server]
-            # a new server may have come up by another call already
-            has_come_up = not server.is_up or not server.is_shown_up
-            if has_come_up and not any(other.is_up for other in others):
-                self.recovered = self.clock()
-            server.is_shown_up = True
+            was_any_up = any(other.is_up and other.is_shown_up for other in self.servers)
             server.note_up(asked)
+            server.is_shown_up = True
+            if server.is_up and not was_any_up:
+                self.recovered = self.clock()
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
         """Warn of meetings that run on another server, too, for two surveys. We end neither."""
@@ -1441,7 +1451,8 @@ class Directory:
 
         It was taken out of the list, or has been down for HOLD. If all servers were down, our own
         network may have failed: then HOLD counts from the moment when the first one came back.
-        (What was lost before that is held again for this time: we cannot tell it apart.)
+        (That holds also what was lost long before: if one of two servers has been down for an hour
+        when the other fails and returns, the meetings of the first are held for HOLD once more.)
         """
         if not server.is_down:
             return server not in self.servers
@@ -1466,8 +1477,9 @@ class Directory:
     ) -> tuple[Server, str] | None:
         """The server for a create, and why: it has a claim from now on.
 
-        `asked` is when the servers were asked for the meeting, or LONG_AGO if they have not been
-        asked. Then claim returns None if they must be asked first.
+        `place` calls it first without having asked the servers for the meeting: then `asked` is
+        LONG_AGO, and claim returns None if they must be asked. Then `place` asks them, and calls it
+        with the time of that.
 
         The server is the one that has the meeting, or may have it; else one for a new meeting, see
         `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
@@ -1486,10 +1498,13 @@ class Directory:
                 server = home.server
                 why = home.why
                 if server.entry.cordoned and home.asked < asked:
-                    # it has not said no either: then `home` would not name it
+                    # with a yes `home` would be newer, and with a no it would not be there. Another
+                    # server would get the create in spite of its silence; this one might begin anew
+                    # what has ended
                     raise Unavailable(f"{server} (cordoned, and silent)")
             if server.is_down or server in tried:
                 raise Unavailable(f"{server} (held)")
+            # one that is lost, as `home` did not name it, is replaced
             claim = home if isinstance(home, Claim) else Claim(server)
             claim.sending += 1
             self.claims[meeting_id] = claim
@@ -1528,8 +1543,8 @@ class Directory:
         """A server for a new meeting, and why it. The lock is held.
 
         A breakout room's is its parent's. Else it is one of those that answered a question of the
-        time `asked` or later, be it with an error page, and were not tried in vain. Raises
-        Unavailable if there is none.
+        time `asked` or later, and were not tried in vain. An error page will do: some servers give
+        one for any meeting that they do not have. Raises Unavailable if there is none.
         """
         if parent is not None:
             return parent, "parent's"
@@ -1569,8 +1584,8 @@ class Directory:
             info = server.listed.get(key, meeting.info)
             # each meeting is here by two IDs
             is_ours = meeting.server is server and key == info.meeting_id
-            # what the server's last list lacks is still remembered only because that list had to be
-            # mended: then `learn` forgets nothing
+            # whether it was in the server's last list, or we heard of it later. (A list that had to
+            # be mended makes us forget nothing, see `learn`, but what it lacks does not count here)
             is_current = meeting.asked >= server.surveyed
             if is_ours and is_current and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
@@ -1657,10 +1672,14 @@ class Directory:
         return asked
 
     def wait_until_known(self) -> None:
-        """Wait until a survey has shown of each server that it is up, or down; 13 s at most."""
+        """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
-            if all(server.is_shown_up or server.is_down for server in self.servers):
+            # `surveyed` is set a moment earlier: a survey may still ask for the version
+            if all(
+                server.surveyed or server.first_survey_ended or server.is_down
+                for server in self.servers
+            ):
                 return
             time.sleep(0.02)
 
@@ -1679,6 +1698,7 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
+                # one answer is enough: what silent servers have, as far as we know it, has a home
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 self.absent[meeting_id] = asked
@@ -1699,8 +1719,8 @@ def survey(directory: Directory, server: Server) -> None:
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
-        # the time is not `asked`: Server.call_unlimited noted that it answered what was asked a
-        # moment later, so note_down would take this for old news
+        # now, not when it was asked: note_down takes what is older than Server.answered, which
+        # call_unlimited set a moment after our `asked`, for old news
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     was_up = server.is_up
@@ -1726,6 +1746,7 @@ def watch(directory: Directory, server: Server) -> None:
     while server in directory.servers:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
+        server.first_survey_ended = True
         if server.wake.wait(SURVEY_INTERVAL):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -1735,10 +1756,11 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote. A user can type "<![CDATA[" into a name, too: such a false section
-# would run past the end of its element. So a section is taken only if there is no end of one of
-# these elements in it, and no begin of another section. It is bounded, as each character costs some
-# memory while its end is looked for.
+# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A user can type
+# "<![CDATA[" as the name of custom data, too: BBB then writes <<![CDATA[>x</<![CDATA[>, and such a
+# false section runs on to the end of the next true one. So a section is taken only if there is no
+# end of one of these elements in it, and no begin of another section. It is bounded, as each
+# character costs some memory while its end is looked for.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
     r"|<!\[CDATA\[).){0,100000}?)\]\]>",
@@ -1765,9 +1787,10 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # BBB makes names of elements of typed names. A section that is left, or an instruction, was
-    # begun by one, and may hide the end of an element. A comment cannot hide much: the typed name
-    # !--x makes <!--x>...</!--x>, of which no parser takes the second "--"; the typed name !--
-    # makes <!-->...</!-->, a comment that ends there
+    # begun by one, and a parser could take what follows for a part of it, ends of elements too. So
+    # these are mended. A comment can hide nothing: of the typed name !--x BBB makes
+    # <!--x>...</!--x>, and "--" within a comment is an error to every parser, so that is mended,
+    # too; of the typed name !-- it makes <!-->...</!-->, and the comment ends there
     if "<![CDATA[" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -1842,7 +1865,8 @@ class ListShape(NamedTuple):
 
     tag: str
     item: str
-    # the element whose text tells one item from another; "" if there is none: it is never found
+    # the element whose text tells one item from another; "" if there is none, and each is one of
+    # its own
     identity: str
     # the element with a number that is the greater the newer the item is; or ""
     newest: str
@@ -1903,7 +1927,7 @@ def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Elemen
     every = [item for items in lists for item in items]
     merged: dict[object, ET.Element] = {}
     for item in sorted(every, key=lambda item: number(item.findtext(shape.newest)), reverse=True):
-        # without an identity each is one of its own
+        # findtext finds no element named ""
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
 
@@ -1963,8 +1987,7 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     All servers are asked first, unless the meeting's is known. Raises as Directory.claim does.
     """
     placed = directory.claim(call.meeting_id, tried, LONG_AGO, None)
-    # once at most, as claim returns a server or raises if it is given the time of a probe. `if`
-    # would do, but no type checker could tell
+    # until it is placed: after one probe it is, or claim raises
     while placed is None:
         parent_id = call.params.get("parentMeetingID", "")
         parent = directory.find(parent_id)[0] if parent_id else None
@@ -1987,6 +2010,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
     try:
         server, why = directory.find(call.meeting_id)
         if server is None:
+            # it has no home, so a server that is still noted for it is lost
             meeting_id = call.meeting_id
             lost = directory.claims.get(meeting_id) or directory.meetings.get(meeting_id)
             is_listed = lost and lost.server in directory.servers
@@ -2013,7 +2037,8 @@ def relay(directory: Directory, call: ApiCall) -> Answer:
     answer = server.call(call, why)
     if not is_denial(call, answer):
         return answer
-    # only if it says no once more does find ask the others
+    # the refusal may have another reason, so the server is asked whether it has the meeting. Only
+    # if it says no is that forgotten, and find asks the others
     directory.ask_for(call.meeting_id, [server])
     other, _ = directory.find(call.meeting_id)
     if other is None or other is server:
@@ -2891,6 +2916,7 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     has_journal = is_journal(given["JOURNAL_STREAM"])
     # last: only now it is sure that the files can be read
     warnings = list(read_warnings(given, secrets, secret_files, is_socket_unit))
+    # in the order of its fields
     return Settings(
         entries,
         secrets,
@@ -3026,7 +3052,8 @@ def apply(balancer: Balancer, settings: Settings) -> None:
         if not server.is_watched:
             begin(watch, balancer.directory, server)
             server.is_watched = True
-    # last: if no thread could begin, the next look at the files tries it again
+    # last: if no thread could begin, the stamps of the files are still the old ones, and the next
+    # `reload` tries it again. (At the start the program ends instead)
     balancer.settings = settings
     balancer.mistake = ""
 
