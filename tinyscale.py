@@ -65,7 +65,17 @@ import xml.etree.ElementTree as ET
 from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    cast,
+)
 from urllib.parse import quote_plus, unquote_plus
 
 __version__ = "2.0"
@@ -230,6 +240,9 @@ def verify(
 # ---- calls ---------------------------------------------------------------------------------------
 
 FORM = "application/x-www-form-urlencoded"
+# With this field a browser runs no script, under our name, that a hostile server has put into its
+# answer.
+SANDBOX = ("Content-Security-Policy", "sandbox")
 # What every answer of BBB begins with. `parse` in Part II cuts off what stands before <response>:
 # it could declare entities, with which a small text grows to gigabytes.
 RETURNCODE = re.compile(
@@ -243,12 +256,8 @@ class Answer(NamedTuple):
 
     status: int
     body: bytes = b""
-    # without the charset some clients would read Latin-1. And a browser shall run no script that a
-    # server has put into its XML
-    headers: tuple[tuple[str, str], ...] = (
-        ("Content-Type", "text/xml;charset=utf-8"),
-        ("Content-Security-Policy", "sandbox"),
-    )
+    # without the charset some clients would read Latin-1
+    headers: tuple[tuple[str, str], ...] = (("Content-Type", "text/xml;charset=utf-8"), SANDBOX)
 
     @property
     def returncode(self) -> str:
@@ -444,23 +453,14 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         Raises URLError if there is no connection. Else, if the server may have seen the request,
         socket.timeout for its silence, or another OSError, HTTPException or ValueError.
         """
-        response = self.parent.open(request, timeout=timeout)
-        fields = tuple(
-            # a line break would begin another field
-            (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
-            for name, value in response.getheaders()
-            if value and name.lower() in PASSED_ON
-        )
-        return Answer(
-            response.status,
-            # read by exchange, which urllib calls through do_open
-            response.received,
-            # so no script of a hostile server runs under our name
-            (*fields, ("Content-Security-Policy", "sandbox")),
-        )
+        # what do_open returns
+        return cast(Answer, self.parent.open(request, timeout=timeout))
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        """What urllib calls to send a request. As its own, but a kept connection comes first."""
+        """What urllib calls to send a request, and returns: the answer.
+
+        As its own, but a kept connection comes first.
+        """
         kept = self.take() if req.may_repeat else None
         if kept is not None:
             with suppress(ConnectionError, ssl.SSLEOFError):
@@ -495,7 +495,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 connection.close()
         return None
 
-    def exchange(self, connection: Any, request: SignedRequest) -> Any:
+    def exchange(self, connection: Any, request: SignedRequest) -> Answer:
         """Send the request and read the whole answer; then keep the connection, or close it."""
         request.deadline = request.deadline or time.monotonic() + (request.timeout or 0)
 
@@ -517,16 +517,18 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     dict(request.header_items()),
                 )
             with connection.getresponse() as response:
-                response.received = read_answer(response)
+                answer = read_answer(response)
         except BaseException:
             connection.close()
             raise
-        # no socket: the server wants it to end; and after 1xx more is to come
-        if connection.sock is None or response.status < 200 or len(self.kept) >= MAX_KEPT:
+        # no socket: the server wants it to end; after 1xx more is to come; and a connection holds
+        # its last request, whose body may be large
+        is_over = connection.sock is None or answer.status < 200 or request.data
+        if is_over or len(self.kept) >= MAX_KEPT:
             connection.close()
         else:
             self.kept.append(connection)
-        return response
+        return answer
 
 
 def is_readable(sock: socket.socket) -> bool:
@@ -538,8 +540,14 @@ def is_readable(sock: socket.socket) -> bool:
     return bool(poll.poll(0)) or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
 
 
-def read_answer(response: http.client.HTTPResponse) -> bytes:
-    """The whole body of an answer. Raises OSError or HTTPException."""
+def read_answer(response: http.client.HTTPResponse) -> Answer:
+    """The whole answer. Raises OSError or HTTPException."""
+    fields = tuple(
+        # a line break would begin another field
+        (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
+        for name, value in response.getheaders()
+        if value and name.lower() in PASSED_ON
+    )
     length = response.length
     body = bytearray()
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
@@ -547,7 +555,7 @@ def read_answer(response: http.client.HTTPResponse) -> bytes:
     # too large, or cut short
     if len(body) > MAX_ANSWER or length not in (None, len(body)):
         raise http.client.IncompleteRead(b"")
-    return bytes(body)
+    return Answer(response.status, bytes(body), (*fields, SANDBOX))
 
 
 # ---- HTTP: what strangers send -------------------------------------------------------------------
@@ -813,9 +821,13 @@ class Handler:
         size = self.head.length
         if size > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
-        # first noted, then counted: of two that come at once none is overlooked
+        # first noted, then counted: of two that come at once none is overlooked. Forms, which are
+        # not verified yet and so have no parameters, take no room from others: they are small
         self.reserved = size
-        if sum(handler.reserved for handler in list(self.balancer.handlers)) > MAX_BODIES:
+        if (
+            sum(other.reserved for other in list(self.balancer.handlers) if other.call.params)
+            > MAX_BODIES
+        ):
             self.reserved = 0
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
@@ -923,8 +935,8 @@ class Balancer(http.server.ThreadingHTTPServer):
         this very moment). But that of a client that takes its answer slowly may be.
 
         So nobody else gets in if all connections are such calls: if a thousand calls wait for
-        servers at once; or if somebody who got hold of a signed URL sends a thousand slow bodies. A
-        proxy before us prevents the second.
+        servers at once; or if somebody who got hold of a signed URL sends a thousand slow bodies.
+        nginx before us, which passes on a body only when it is whole, prevents the second.
 
         In any case, wait a moment for a thread to end.
         """
@@ -1033,8 +1045,8 @@ class Server(Connections):
         self.state = "unknown"
         self.since = time.monotonic()
         self.reason = "no answer yet"
-        # the last warning of a call that failed, but was no outage
-        self.warned = ""
+        # of each call that failed last, but was no outage: why
+        self.warned: dict[str, str] = {}
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
         # when the newest of the calls that tell its health was ASKED to which it gave a usable
@@ -1112,16 +1124,21 @@ class Server(Connections):
             # say of a 502 that the create was not carried out
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
+        self.note_answer(call, asked, answer)
+        return answer
+
+    def note_answer(self, call: ApiCall, asked: float, answer: Answer) -> None:
+        """Note what a usable answer to a call shows, which was sent at the time `asked`."""
+        self.warned.pop(call.name, None)
         if not call.route.tells_health:
-            # it says nothing of BBB: webhooks are another program, and recordings take long
-            return answer
+            # nothing of BBB: webhooks are another program, and recordings take long
+            return
         self.answered = max(self.answered, asked)
         if call.route.is_read:
             self.took = time.monotonic() - asked
         # if it is down, only its next survey shows that it is up again
         if self.state == "unknown" and answer.returncode == "SUCCESS":
             self.note_up(asked)
-        return answer
 
     def close_kept(self) -> None:
         """Close the kept connections: if one broke or was silent, the others may be dead, too."""
@@ -1182,10 +1199,10 @@ class Server(Connections):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
             self.note_down(reason, asked)
-        elif self.warned != reason:
-            # once: the calls that fail are in the log anyway
+        elif self.warned.get(call.name) != reason:
+            # once, until it answers such a call: those that fail are in the log anyway
             log.warning(f"{self} failed at {call.name}: {reason}")
-            self.warned = reason
+            self.warned[call.name] = reason
         return error(f"{self} ({reason})")
 
     def note_down(self, reason: str, asked: float) -> None:
@@ -1398,8 +1415,8 @@ class Directory:
                 self.remember(server, info, asked)
             if is_whole:
                 told = {*listed, *(info.internal_id for info in infos)}
-                ties: list[tuple[str, Meeting | Claim]] = [*self.meetings.items()]
-                ties += self.claims.items()
+                ties: Iterable[tuple[str, Meeting | Claim]]
+                ties = [*self.meetings.items(), *self.claims.items()]
                 for key, tie in ties:
                     if tie.server is server and key not in told:
                         self.forget(server, key, asked)
@@ -1633,21 +1650,27 @@ class Directory:
         """Ask these servers for a meeting, until one says that it has it. Note what they say."""
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
+        told = []
         for server, answer in self.ask(servers, call):
             info = info_by(answer)
             if info is None and answer.returncode == "SUCCESS":
                 # it cannot be read, but is a yes
                 info = MeetingInfo(meeting_id)
-            # BBB takes the beginning of an internal ID, too, so it may be another meeting
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
                 home = self.home(meeting_id)
                 if home and home.server is server:
                     return
-                # else another server has a claim, or a newer meeting: what that says counts
-            elif info or answer.returncode == "FAILED":
-                # FAILED can only mean that it has no such meeting: a checksumError is not usable
+                told.append((server, info))
+            elif answer.returncode == "FAILED":
+                # that can only mean that it has no such meeting: a checksumError is not usable
                 self.forget(server, meeting_id, asked)
+            # else it is another meeting: BBB takes the beginning of an internal ID, too, and looks
+            # for that first. So it is neither a yes nor a no
+        # a yes that did not count beside another server's claim, or newer meeting, counts now if
+        # that server said no after it
+        for server, info in told:
+            self.remember(server, info, asked)
 
     def probe(self, meeting_id: str) -> float:
         """Ask all servers that are not down for a meeting. Return the time when they were asked.
@@ -1735,7 +1758,7 @@ def survey(directory: Directory, server: Server) -> None:
         # it may have been upgraded. The call without a name tells the version, to anybody: BBB does
         # not look at its checksum
         root, _ = parse(server.call_unlimited(ApiCall("")))
-        server.version = root.findtext("bbbVersion", "")
+        server.version = re.sub("[^!-~]", "", root.findtext("bbbVersion", ""))
 
 
 def watch(directory: Directory, server: Server) -> None:
@@ -1781,7 +1804,7 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 
     It is not if something in it had to be mended.
     """
-    if not RETURNCODE.match(answer.body) or answer.body.count(b"<") > MAX_TAGS:
+    if not answer.returncode or answer.body.count(b"<") > MAX_TAGS:
         return ET.Element("response"), False
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
@@ -1811,6 +1834,8 @@ def mend(text: str) -> ET.Element:
     """
     root = ET.Element("response")
     opened = [root]
+    # a typed name could hold the end of the list: that ends with the text
+    text = re.sub("</(meeting|recording)s>", "", text)
     pieces = re.split("(<[^<>]*>)", text)
     # they are: text, the root's tag, text, a tag, text, and so on
     for tag, behind in zip(pieces[3::2], pieces[4::2]):
@@ -1818,8 +1843,10 @@ def mend(text: str) -> ET.Element:
         is_custom = parent.tag in CUSTOM
         if tag.startswith("</"):
             name = tag[2:-1]
-            # in custom data only its own end counts: its children are never in `opened`
-            ending = [parent] if is_custom else opened[1:]
+            # in custom data only its own end counts, as its children are never in `opened`, or that
+            # of the item: so no typed name hides the next item
+            is_inside = is_custom and name not in ("meeting", "recording")
+            ending = [parent] if is_inside else opened[1:]
             if name in [element.tag for element in ending]:
                 while opened.pop().tag != name:
                     pass
@@ -2063,14 +2090,16 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
     caller waits for two silent servers.
     """
     deadline = directory.clock() + CONNECT_TIMEOUT
-    failure = Unavailable()
+    note = "no server is up"
     for server in directory.servers:
         if server.is_up and directory.clock() <= deadline:
             try:
                 return server.call(call, why)
             except NotCarriedOut as error:
-                failure = error
-    raise failure
+                # not the error itself: it would hold this frame, and this frame the error; and both
+                # the body of the call, until Python looks for such circles
+                note = error.note
+    raise Unavailable(note)
 
 
 # ---- routes: a call to all servers ---------------------------------------------------------------
@@ -2079,8 +2108,8 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
 def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
     """The usable answers of the servers that do not refuse the call, in the order of the list.
 
-    Raises Unavailable if there is none. If all servers refuse, the caller gets BBB's own words, as
-    the page of that error.
+    Raises Unavailable if there is none. If all servers refuse, raises ApiError with a page: the
+    caller gets BBB's own words.
     """
     # a reload puts another list in its place
     every = directory.servers
@@ -2091,14 +2120,14 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
         if server in heard and heard[server].returncode != "FAILED":
             answers[server] = heard[server]
     call.note = f"{len(answers)} of {len(every)} servers"
-    if answers:
-        return answers
-    failure = Unavailable(call.note)
-    if len(heard) == len(every):
-        # all refuse: BBB's own words are passed on, and the log says failed
-        failure.page = heard[servers[0]]
-        failure.key = "failed"
-    raise failure
+    if not answers and len(heard) == len(every):
+        raise ApiError("failed", "", note=call.note, page=heard[servers[0]])
+    missing = [str(server) for server in every if server not in answers]
+    if missing:
+        call.note += f", not {', '.join(missing)}"
+    if not answers:
+        raise Unavailable(call.note)
+    return answers
 
 
 def ask_lists(directory: Directory, call: ApiCall) -> dict[Server, list[ET.Element]]:
@@ -2253,15 +2282,17 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
     if not wanted:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
     lists = ask_lists(directory, ApiCall("hooks/list"))
-    is_complete = set(directory.servers) <= lists.keys()
-    removed = 0
+    jobs = []
     for server, hooks in lists.items():
         for hook in hooks:
             if hook_id(hook.findtext("callbackURL", "")) == wanted:
-                try:
-                    removed += destroy_on(server, hook.findtext("hookID", ""))
-                except Unavailable:
-                    is_complete = False
+                own_id = hook.findtext("hookID", "")
+                # all at once, so that no caller waits for two silent servers
+                job = directory.threads.submit(attempt, call.name, destroy_on, server, own_id)
+                jobs.append(job)
+    results = [job.result() for job in jobs]
+    is_complete = set(directory.servers) <= lists.keys() and None not in results
+    removed = results.count(True)
     call.note = f"removed from {removed} of {len(directory.servers)} servers"
     if not is_complete:
         raise Unavailable(call.note)
@@ -2312,7 +2343,7 @@ ROUTES = {
     "publishRecordings": Route(relay_recording),
     "deleteRecordings": Route(relay_recording),
     "updateRecordings": Route(relay_recording),
-    "getRecordingTextTracks": Route(relay_recording, is_read=True, is_xml=False),
+    "getRecordingTextTracks": Route(relay_recording, is_read=True, is_xml=False, is_long=True),
     "putRecordingTextTrack": Route(relay_recording, is_xml=False),
     "hooks/create": Route(create_hook),
     "hooks/list": Route(relay_list, is_read=True, is_xml=False),
@@ -2431,8 +2462,7 @@ def health(balancer: Balancer) -> Answer:
 
 def people_on(server: Server) -> int:
     # those in a breakout room are in its parent, too
-    rooms = [info for info in server.listed.values() if not info.is_breakout]
-    return sum(info.participants for info in rooms)
+    return sum(info.participants for info in server.listed.values() if not info.is_breakout)
 
 
 # What /metrics tells of each server: what it is, and its value.
@@ -2650,7 +2680,14 @@ MIN_SECRET = 20
 
 
 class SettingsError(Exception):
-    """A mistake in the settings: one line that says where, what was found, and the mend."""
+    """A mistake in the settings: one line that says where, what was found, and the mend.
+
+    Somebody may have put a secret, or a whole file, in the place of a path, for example. So neither
+    what is as long as a secret is shown, nor what is in a PEM file.
+    """
+
+    def __str__(self) -> str:
+        return re.sub("(?s)[A-Za-z0-9]{20,}|-----BEGIN.*-----", "...", super().__str__())
 
 
 def require(is_right: object, mistake: str) -> None:
@@ -2684,8 +2721,8 @@ def base_url(host: object) -> str:
     bbb-conf prints it in several forms.
     """
     match = re.fullmatch(
-        r"(?ai)(https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
-        r"((?:/[\w.~-]+)*?)(/bigbluebutton(/api)?)?/?",
+        r"(?ai)(https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
+        r"((?:/(?!bigbluebutton/)[\w.~-]+)*?)(/bigbluebutton(/api)?)?/?",
         str(host),
     )
     if not match or not 0 < int(match[2] or 1) <= 65535:
@@ -3188,7 +3225,7 @@ def examine(directory: Directory, server: Server) -> str:
         )
     # a failure that is no outage, for example if our own machine can open no more files, does not
     # mark the server down: its text is in `warned`
-    reason = server.reason if server.is_down else server.warned
+    reason = server.reason if server.is_down else ". ".join(server.warned.values())
     trouble = [reason]
     if digests:
         trouble = [f'the secret is right, but not the digest: set "checksum": "{digests[0]}"']
@@ -3201,7 +3238,8 @@ def examine(directory: Directory, server: Server) -> str:
 def is_served(settings: Settings) -> bool:
     """Whether a tinyscale answers at our port."""
     place = (settings.bind or "localhost", settings.port)
-    with suppress(OSError):
+    # UnicodeError: TINYSCALE_BIND cannot be a name; listen tells that
+    with suppress(OSError, UnicodeError):
         sock = socket.create_connection(place, CONNECT_TIMEOUT)
         if settings.tls:
             # only to see whether it is there: our certificate has another name than localhost
@@ -3249,7 +3287,7 @@ def print_url(environment: Environment) -> int:
     # from the command line, see main
     text = environment["call"] or "getMeetings"
     require(
-        re.fullmatch("[A-Za-z0-9]+(/[A-Za-z0-9]+)*([?][!-~]*)?", text),
+        re.fullmatch('[A-Za-z0-9]+(/[A-Za-z0-9]+)*([?][!-"$-~]*)?', text),
         f"url: {text!r:.99} is no call. Write it like 'getMeetingInfo?meetingID=room+7'.",
     )
     call, _, query = text.partition("?")
