@@ -9562,8 +9562,8 @@ class DocumentationTest(unittest.TestCase):
             "conditional expressions and comprehensions in 100 statements": 6,
         }
         of_the_whole = {
-            "statements": 1640,
-            "tokens": 16400,
+            "statements": 1645,
+            "tokens": 16450,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }

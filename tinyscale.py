@@ -1327,6 +1327,9 @@ class Directory:
         # the probes that run, by meetingID; their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
+        # lists are parsed and merged one at a time: of a long one each step holds up all other
+        # threads, and a hundred at once would let no join through
+        self.merging = threading.Lock()
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
         """Take these servers from now on. One that stays keeps its state and its meetings."""
@@ -1374,7 +1377,7 @@ class Directory:
             self.meetings[info.meeting_id] = meeting
             # it is found by its internal ID, too, unless that is the meetingID of another meeting
             other = self.meetings.get(info.internal_id)
-            is_taken = other is not None and other.info.meeting_id == info.internal_id
+            is_taken = other and other.info.meeting_id == info.internal_id
             if info.internal_id and not is_taken:
                 self.meetings[info.internal_id] = meeting
             self.end_claim(server, info.meeting_id, asked)
@@ -1471,12 +1474,14 @@ class Directory:
         (That holds also what was lost long before: if one of two servers has been down for an hour
         when the other fails and returns, the meetings of the first are held for HOLD once more.)
         """
+        if server not in self.servers:
+            return True
         if not server.is_down:
-            return server not in self.servers
+            return False
         # `since` is read after the state, because note_down writes it before the state. self.clock
         # is time.monotonic, as in Server; only a test has another one
         since = max(server.since, self.recovered)
-        return self.clock() - since >= HOLD or server not in self.servers
+        return self.clock() - since >= HOLD
 
     def home(self, meeting_id: str) -> Meeting | Claim | None:
         """What ties a meeting to a server, so that a create must go there; None if nothing does."""
@@ -2130,10 +2135,10 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
     return answers
 
 
-def ask_lists(directory: Directory, call: ApiCall) -> dict[Server, list[ET.Element]]:
-    """The lists of those servers that give one. Raises Unavailable if none does."""
+def lists_in(call: ApiCall, answers: Mapping[Server, Answer]) -> dict[Server, list[ET.Element]]:
+    """The lists in these answers to the call. Raises Unavailable if there is none."""
     lists = {}
-    for server, answer in ask_all(directory, call).items():
+    for server, answer in answers.items():
         items = items_of(LISTS[call.name], answer)
         if items is None:
             log.warning(f"{server} is left out of {call.name}: its list cannot be read")
@@ -2147,12 +2152,13 @@ def ask_lists(directory: Directory, call: ApiCall) -> dict[Server, list[ET.Eleme
 def relay_list(directory: Directory, call: ApiCall) -> Answer:
     """One list of what all servers have. A server that gives none is left out."""
     shape = LISTS[call.name]
-    lists = ask_lists(directory, call)
-    items = merge(shape, lists.values())
-    for item in items:
-        # in a list of hooks; nothing else has a hookID
-        put_our_id(item, item.findtext("callbackURL", ""))
-    return write_list(shape, items)
+    answers = ask_all(directory, call)
+    with directory.merging:
+        items = merge(shape, lists_in(call, answers).values())
+        for item in items:
+            # in a list of hooks; nothing else has a hookID
+            put_our_id(item, item.findtext("callbackURL", ""))
+        return write_list(shape, items)
 
 
 # ---- routes: recordings --------------------------------------------------------------------------
@@ -2176,23 +2182,18 @@ def ids_in(items: Iterable[ET.Element]) -> set[str]:
     return {item.findtext("recordID", "") for item in items}
 
 
-def ask_recordings(
-    directory: Directory, call: ApiCall, query: str
-) -> tuple[dict[Server, list[ET.Element]], bool]:
-    """The lists of recordings that a call means, and whether nothing is missing in them.
+def is_complete(
+    directory: Directory, call: ApiCall, lists: Mapping[Server, list[ET.Element]]
+) -> bool:
+    """Whether nothing is missing in these lists of the recordings that a call means.
 
-    Nothing is missing if every server gave its list, or if every recordID asked for is in the lists
-    that came. A front end takes what a SUCCESS lacks for deleted. Raises Unavailable as ask_lists
-    does.
+    Nothing is if every server gave its list, or if every recordID asked for is in the lists that
+    came. A front end takes what a SUCCESS lacks for deleted.
     """
-    # with its content type, so that a long form stays a form
-    question = ApiCall("getRecordings", query, content_type=call.content_type)
-    lists = ask_lists(directory, question)
-    call.note = question.note
     ids = record_ids(call)
     found = set().union(*map(ids_in, lists.values()))
     has_all = bool(ids) and ids <= found
-    return lists, has_all or set(directory.servers) <= lists.keys()
+    return has_all or set(directory.servers) <= lists.keys()
 
 
 def get_recordings(directory: Directory, call: ApiCall) -> Answer:
@@ -2200,21 +2201,24 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
 
     The limits of a page are BBB's.
     """
-    query = without(call.query, "offset", "limit")
-    lists, is_complete = ask_recordings(directory, call, query)
-    if not is_complete:
-        raise Unavailable(call.note)
-    shape = LISTS["getRecordings"]
-    items = merge(shape, lists.values())
-    wanted = call.params.get("limit", "")
-    if not re.fullmatch("[+-]?[0-9]{1,9}", wanted):
-        return write_list(shape, items)
-    offset = max(0, number(call.params.get("offset")))
-    limit = min(max(1, number(wanted)), 100)
-    shown = items[offset : offset + limit]
-    empty = str(not shown).lower()
-    more = PAGINATION.format(total=len(items), offset=offset, limit=limit, empty=empty)
-    return write_list(shape, shown, more)
+    # the servers are asked for all pages
+    call.query = without(call.query, "offset", "limit")
+    answers = ask_all(directory, call)
+    shape = LISTS[call.name]
+    with directory.merging:
+        lists = lists_in(call, answers)
+        if not is_complete(directory, call, lists):
+            raise Unavailable(call.note)
+        items = merge(shape, lists.values())
+        wanted = call.params.get("limit", "")
+        if not re.fullmatch("[+-]?[0-9]{1,9}", wanted):
+            return write_list(shape, items)
+        offset = max(0, number(call.params.get("offset")))
+        limit = min(max(1, number(wanted)), 100)
+        shown = items[offset : offset + limit]
+        empty = str(not shown).lower()
+        more = PAGINATION.format(total=len(items), offset=offset, limit=limit, empty=empty)
+        return write_list(shape, shown, more)
 
 
 def relay_recording(directory: Directory, call: ApiCall) -> Answer:
@@ -2227,13 +2231,14 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     if not ids:
         return relay_anywhere(directory, call)
     query = f"recordID={quote_plus(','.join(ids))}&state=any"
-    lists, is_complete = ask_recordings(directory, call, query)
+    # a long form stays a form
+    question = ApiCall("getRecordings", query, content_type=call.content_type)
+    lists = lists_in(question, ask_all(directory, question))
     owners = [server for server, items in lists.items() if ids & ids_in(items)]
-    if owners:
-        call.note = f"{' and '.join(map(str, owners))} (owner)"
+    call.note = f"{' and '.join(map(str, owners))} (owner)" if owners else question.note
     # what can be done is done first: a repeat finishes it
     answers = [answer for _, answer in directory.ask(owners, call)]
-    if not is_complete or len(answers) < len(owners):
+    if not is_complete(directory, call, lists) or len(answers) < len(owners):
         raise Unavailable(call.note)
     if not owners:
         return relay_anywhere(directory, call, "nowhere")
@@ -2281,7 +2286,8 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
     wanted = call.params.get("hookID", "")
     if not wanted:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
-    lists = ask_lists(directory, ApiCall("hooks/list"))
+    question = ApiCall("hooks/list")
+    lists = lists_in(question, ask_all(directory, question))
     jobs = []
     for server, hooks in lists.items():
         for hook in hooks:
@@ -2291,10 +2297,10 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
                 job = directory.threads.submit(attempt, call.name, destroy_on, server, own_id)
                 jobs.append(job)
     results = [job.result() for job in jobs]
-    is_complete = set(directory.servers) <= lists.keys() and None not in results
+    is_sure = set(directory.servers) <= lists.keys() and None not in results
     removed = results.count(True)
     call.note = f"removed from {removed} of {len(directory.servers)} servers"
-    if not is_complete:
+    if not is_sure:
         raise Unavailable(call.note)
     if not removed:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
