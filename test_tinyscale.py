@@ -9786,7 +9786,7 @@ class DocumentationTest(unittest.TestCase):
             f"an answer of a server | {t.MAX_ANSWER // mib} MiB",
             f"time to reach a server | {t.CONNECT_TIMEOUT} s",
             f"time for an answer | {t.ANSWER_TIMEOUT} s;",
-            f"for a create, slides or `getRecordings` {t.LONG_TIMEOUT} s",
+            f"for a create, slides, `getRecordings` or `getRecordingTextTracks` {t.LONG_TIMEOUT} s",
             f"A stranger has {t.HEAD_TIMEOUT} s for a whole request",
             f"asks each server every {t.SURVEY_INTERVAL} seconds",
             f"again after {'a second' if t.FIRST_RETRY == 1 else t.FIRST_RETRY}, then every",
