@@ -6516,6 +6516,20 @@ class ListsTest(ClusterTest):
                 self.assertIs(self.directory.find(expected[3])[0], self.directory.servers[0])
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [3] * 3)
 
+    def test_no_name_that_people_type_draws_a_meeting_that_runs_to_another_server(self):
+        self.fakes[0].put("victim")
+        self.survey()
+        false = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"
+        name = f"a/></customdata></attendee></attendees></meeting>{false}<customdata><a"
+        self.fakes[1].put(
+            "room"
+        ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+        for _ in range(2):
+            self.survey()
+            self.assertIn("victim", self.directory.servers[1].listed)
+            self.assertIs(self.directory.find("victim")[0], self.directory.servers[0])
+            self.assertIs(self.directory.find("room")[0], self.directory.servers[1])
+
     def test_no_mixture_of_odd_characters_makes_a_list_unreadable(self):
         dice = random.Random(20)
         item = "<meeting><meetingID>{}</meetingID><metadata>{}</metadata></meeting>"

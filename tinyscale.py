@@ -383,8 +383,8 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # between two reads our machine may have been paused: what came meanwhile lies ready, and
-            # is read once more. (A server that is silent ends the read itself, by its time)
+            # between two reads our machine may have been paused: what came meanwhile lies ready,
+            # and is read once more. (A server that is silent ends the read itself, by its time)
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -1415,7 +1415,11 @@ class Directory:
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
             for info in infos:
-                self.remember(server, info, asked)
+                home = self.home(info.meeting_id)
+                # a name that somebody typed can make a list unreadable, and put what looks like a
+                # meeting into it: that takes no meeting away from another server
+                if is_whole or home is None or home.server is server:
+                    self.remember(server, info, asked)
             if is_whole:
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
@@ -1425,22 +1429,29 @@ class Directory:
                         self.forget(server, key, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
-            # it is believed for a second, and would grow: what is cleared too early is asked again
-            self.absent.clear()
-            # denials guard against a yes that was asked for earlier and comes later. Only slow DNS
-            # could make a question take so long; then a wrong yes counts until the next survey
-            old = asked - MEETING_TTL
-            self.denials = {key: when for key, when in self.denials.items() if when > old}
-            self.twins = {key: when for key, when in self.twins.items() if when > old}
-            for key, claim in list(self.claims.items()):
-                # of a server that was taken out of the list, and not put back
-                is_over = not claim.sending and claim.gave_up < old
-                if is_over and claim.server not in self.servers:
-                    del self.claims[key]
+            self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
             # before the lock is free: a server that comes back is still marked down, and `home`
             # would take its meetings for lost
             self.note_shown_up(server, asked)
+
+    def drop_old(self, old: float) -> None:
+        """Drop what would grow for ever, and counts no more, from before this time.
+
+        The lock is held.
+        """
+        # it is believed for a second: what goes too early is asked again
+        self.absent.clear()
+        # it guards against a yes that was asked for earlier and comes later. Only slow DNS could
+        # make a question take so long; then a wrong yes counts until the next survey
+        self.denials = {key: when for key, when in self.denials.items() if when > old}
+        # twins that no survey has found since
+        self.twins = {key: when for key, when in self.twins.items() if when > old}
+        for key, claim in list(self.claims.items()):
+            # of a server that was taken out of the list, and not put back
+            is_over = not claim.sending and claim.gave_up < old
+            if is_over and claim.server not in self.servers:
+                del self.claims[key]
 
     def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
