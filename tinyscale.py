@@ -22,8 +22,9 @@ what a silent server alone knows.
 
 To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
 and Connections. Outside of Part I secrets are read by read_settings and what it calls; print_url
-signs; Directory.use and examine hand entries on; join hands out a URL that was signed. XML that
-servers send is parsed by parse alone; Answer.returncode, judge, is_denial, items_of and destroy_on
+signs; apply, check, Directory.use and examine hand entries on; join hands out a URL that was
+signed. No secret is ever an argument of the command line. XML that servers send is parsed by parse
+alone, with the patterns above it; Answer.returncode, judge, is_denial, items_of and destroy_on
 search its bytes for a word.
 Three more things outside of Part I touch every connection: listen and read_tls make the listener,
 connection_limit says how many connections there may be, and count_call counts calls.
@@ -45,7 +46,6 @@ import http.client
 import http.server
 import io
 import json
-import logging
 import logging.handlers
 import os
 import queue
@@ -87,7 +87,8 @@ log = logging.getLogger("tinyscale")
 
 # To reach an address of a server, and again for its TLS handshake. DNS has no limit.
 CONNECT_TIMEOUT = 3
-# More seconds after a deadline: if our machine was paused, the answer may lie in the socket.
+# After a deadline for an answer we read on for so long: if our machine was paused, the answer may
+# have come, and nobody has read it.
 LATE = 0.5
 # For a client's TLS handshake, the head of its request and a form together; and, after a refusal,
 # to read on what it still sends.
@@ -101,9 +102,10 @@ MAX_KEPT = 32
 KEPT_FOR = 30
 # The head of a request, or a form.
 MAX_HEAD = 64 * 1024
-# What is read at a time. An eighth of it is written at a time, so that a slow client can take it.
+# What is read at a time. An eighth of it is written at a time: for each such piece a slow client
+# has SILENCE_TIMEOUT anew.
 CHUNK = 64 * 1024
-# A body, slides for example; and all bodies at one time. Each is held twice for a moment.
+# A body, slides for example; and all bodies at one time. read_body holds each twice for a moment.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
@@ -116,10 +118,11 @@ MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart: the caller chooses. Old front ends have only
-# SHA-1. It is weak where somebody can make two texts with one digest: who chooses a name could try
-# to have one call signed, and to send another. But both texts would have to be URL-encoded, and to
-# begin with the same call and parameters of a front end: no such texts are known.
+# By their length in hex, as BBB tells them apart: the caller chooses, and no setting forbids one.
+# Old front ends have only SHA-1. It is weak where somebody can make two texts with one digest: a
+# pupil who chooses a name, which a front end signs in a join, could try to make that checksum fit
+# another call, too. But both texts would have to be URL-encoded, and to begin with what the front
+# end writes before the name: no such texts are known.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -170,14 +173,15 @@ class Settings:
 def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     """The hex checksum of a call: over its name, its raw query without a checksum, and a secret.
 
-    The rule is that of BBB's API documentation.
+    The rule is that of BBB's API documentation. Nothing stands between the name and the query, so a
+    checksum fits other pairs of them, too: see CALL_PATH for what that means.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
 
 def sign(name: str, query: str, secret: str, algorithm: str = "sha256") -> str:
     """The raw query with its checksum."""
-    signature = "checksum=" + checksum(name, query, secret, algorithm)
+    signature = f"checksum={checksum(name, query, secret, algorithm)}"
     return f"{query}&{signature}" if query else signature
 
 
@@ -196,11 +200,12 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
-    A form is verified over its raw text or, as BBB does since 2.6.18, over the empty query. So who
-    knows the checksum of a call over the empty query can send any form to that same call, to create
-    for example; BBB has it so, too.
-    Such a checksum is known to front ends that send forms in that way, and to who can read queries
-    in the log of a proxy. It is not known to a guest, whose join has parameters.
+    A form is what is sent instead of a query, see Handler.read_call. It is verified over its raw
+    text or, as BBB does since 2.6.18, over the empty query. This is a weakness of BBB, which we
+    must have, too: who knows the checksum of a call over the empty query can send any form to that
+    same call, to create for example. Such a checksum is known to front ends that send forms in that
+    way, and to who can read queries in the log of a proxy. It is not known to a guest, whose join
+    has parameters, and is never a form.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -218,12 +223,13 @@ def verify(
         # end forgets to encode it; then we could choose another meeting than BBB. So it is refused
         if name in params and name in ("checksum", "meetingID", "recordID"):
             raise refused
-        # of all others the first counts, as in BBB
+        # of all others the first counts, as in BBB. (We act on redirect, parentMeetingID, the
+        # passwords, and what says which recordings or hook are meant)
         params.setdefault(name, unquote_plus(raw_value))
 
     given = params.get("checksum", "")
     algorithm = ALGORITHMS.get(len(given))
-    # as BBB, we do not take it for a checksum if its name is written as check%73um
+    # as BBB, we do not take it for a checksum if its name or value is written with %
     if algorithm is None or f"checksum={given}" not in parts:
         raise refused
     unsigned = without(query, "checksum")
@@ -241,10 +247,11 @@ def verify(
 
 FORM = "application/x-www-form-urlencoded"
 # With this field a browser runs no script, under our name, that a hostile server has put into its
-# answer.
+# answer. It is in all of these, and in our own XML; our pages have another one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
 # What every answer of BBB begins with. `parse` in Part II cuts off what stands before <response>:
-# it could declare entities, with which a small text grows to gigabytes.
+# no DTD gets to the parser, which could declare entities, with which a small text grows to
+# gigabytes.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -279,8 +286,8 @@ class ApiError(Exception):
     status: int = 200
     # for the log: which server it is about, and why that one
     note: str = ""
-    # what the caller gets instead of `answer`, made elsewhere: a page for a browser, or what all
-    # servers answered
+    # what the caller gets instead of `answer`: a page for a browser (join), or the refusal that all
+    # servers answered (ask_all)
     page: Answer | None = None
 
     def answer(self) -> Answer:
@@ -293,7 +300,10 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """A call failed. If it was sent, the server MAY have carried it out: never try another one."""
+    """A call failed, and the server MAY have carried it out: never try another one.
+
+    NotCarriedOut, a kind of it, is for when it has not.
+    """
 
     def __init__(self, note: str = "no server is up") -> None:
         super().__init__(
@@ -315,11 +325,13 @@ class ApiCall:
     name: str
     # raw, without its checksum: it goes on byte for byte
     query: str = ""
-    # the same, decoded; empty until it is verified, and for a call of our own
+    # decoded, with the checksum: so a call that was verified has some. Empty until then, and for a
+    # call of our own
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; makes the call a POST
     body: bytes = b""
-    # of the body; FORM if the query came as a form
+    # of the body; or FORM, without a body, if the query came as a form: sign_again may send it as
+    # one
     content_type: str = ""
     # a person in a browser waits for the answer
     wants_html: bool = False
@@ -355,11 +367,11 @@ PASSED_ON = ("content-type", "location", "set-cookie")
 class SignedRequest(urllib.request.Request):
     """A signed call on its way to a server."""
 
-    # whether it does no harm if a server sees it twice
+    # set by sign_again: it does no harm if a server sees it twice
     may_repeat = False
-    # a kept connection turned out closed, so the server may have seen it twice
+    # set by do_open: a kept connection turned out closed, so the server may have seen it twice
     was_repeated = False
-    # when the answer must be there; a repeat does not get a new deadline
+    # set by exchange: when the answer must be there; a repeat does not get a new deadline
     deadline = 0.0
 
 
@@ -372,10 +384,9 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # the file that http.client made on the socket, which Drops takes the place of. It is never
-        # read, only kept open until Drops has been read: a socket whose connection is closed stays
-        # open while it has an open file. Python would close this one if nobody kept it, and Drops
-        # does not count as one
+        # the file that http.client made on the socket. Drops is read in its place, but it must stay
+        # open: http.client closes the connection when the server wants it to end, and the socket
+        # closes with the last file that was made on it, of which Drops is none. So we keep it
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -383,8 +394,8 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # between two reads our machine may have been paused: what came meanwhile lies ready,
-            # and is read once more. (A server that is silent ends the read itself, by its time)
+            # our machine may have been paused between two reads: so reading goes on for LATE, but
+            # only once. (A server that is silent ends a read by itself, with the same error)
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -405,15 +416,17 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, entry: Entry) -> None:
         # this is HTTPSHandler's, as HTTPHandler has no __init__ of its own
         super().__init__(context=TRUST)
-        # replaced as a whole when servers.json changes, but always one with the same host
+        # replaced as a whole, by Directory.use, when servers.json changes; always one with the same
+        # host. A kept connection has no secret: each call is signed anew
         self.entry = entry
         # the end of its certificate, as time.time; 0 if that is not known
         self.certificate_end = 0.0
         # connections for the next calls; to append and to pop is one step in Python, so many
         # threads may
         self.kept: list[Any] = []
-        # an opener that has this handler alone, and is self.parent from now on. The usual one would
-        # follow redirects, use the proxies of the environment, and raise for a status from 400 on
+        # an opener that has this handler alone, and is self.parent from now on. So its open calls
+        # our do_open, and returns what that returns. The usual one would follow redirects, use the
+        # proxies of the environment, and raise for a status from 400 on
         urllib.request.OpenerDirector().add_handler(self)
 
     def __str__(self) -> str:
@@ -429,7 +442,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def sign_again(self, call: ApiCall) -> SignedRequest:
         """The call as a request to this server.
 
-        A form that is too long for a URL stays a form, as BBB 2.6.18 has it.
+        A form that is too long for a URL stays a form. BBB takes that since 2.6.18, see verify; an
+        older one refuses it.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
@@ -441,8 +455,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         if body:
             request.add_header("Content-Type", call.content_type)
             return request
-        # a create that names both passwords is answered duplicateWarning the second time; if BBB
-        # had made up one itself, the repeat would be refused
+        # a create that names both passwords is answered duplicateWarning, a SUCCESS, the second
+        # time; if BBB had made up one itself, the repeat would be refused
         has_passwords = call.params.get("attendeePW") and call.params.get("moderatorPW")
         request.may_repeat = call.route.is_read or (call.name == "create" and bool(has_passwords))
         return request
@@ -521,8 +535,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except BaseException:
             connection.close()
             raise
-        # no socket: the server wants it to end; after 1xx more is to come; and a connection holds
-        # its last request, whose body may be large
+        # no socket: the server wants it to end. After a status of 1xx more is to come. And a
+        # connection holds its last request, by timed_response: a large body would stay in memory
         is_over = connection.sock is None or answer.status < 200 or request.data
         if is_over or len(self.kept) >= MAX_KEPT:
             connection.close()
@@ -548,6 +562,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
         for name, value in response.getheaders()
         if value and name.lower() in PASSED_ON
     )
+    # None if the end of the body, or of its chunks, tells it. http.client counts it down
     length = response.length
     body = bytearray()
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
@@ -560,8 +575,9 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 
 # ---- HTTP: what strangers send -------------------------------------------------------------------
 
-# The head of a request: the method, the target, which is ASCII without a fragment, and a hundred
-# fields at most, each a token, a colon, and no NUL, CR or LF.
+# The head of a request: the method; the target, which is printable ASCII but "#" (some proxies put
+# a scheme and a host before it, which do not count); and a hundred fields at most, each a token, a
+# colon, and no NUL, CR or LF.
 REQUEST = re.compile(
     r"(?a)([A-Z]+) (?:https?://[\w.:\[\]-]+)?(/[!-\"$-~]*) HTTP/1[.][01]\r\n"
     r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n){0,100})\r\n"
@@ -570,11 +586,11 @@ REQUEST = re.compile(
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
 #
-# A checksum covers a name and a query with nothing between. That of a guest's join link is right
-# for joi?nmeetingID=... and joinm?eetingID=..., too: calls that do not exist, but could have a body
-# of 100 MiB. Who sends a body with a right checksum may be as slow as wanted (Handler.read_call),
-# and a thousand such guests would lock out all others. Therefore no call but join itself may begin
-# with a j, and of a join no body is read. A guest has no signed URL of any other call.
+# No call but join may begin with a j. For a checksum covers a name and a query with nothing
+# between: that of a guest's join link is right for joi?nmeetingID=... and joinm?eetingID=..., too.
+# Such calls do not exist, but they could have a body; and who has a right checksum may be slow
+# (Handler.read_call). So guests could fill all connections. Of a real join no body is read. (We
+# trust that a guest gets no other signed URL. Who has one can do the same with it.)
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -600,7 +616,7 @@ def parse_head(head: bytes) -> Head:
     us: http.server's own parser, made for e-mail, takes a bare CR for the end of a line.
     """
     match = REQUEST.fullmatch(head.decode("latin-1"))
-    # neither of the two fields may be there twice
+    # neither Host nor Content-Length may be there twice
     if not match or re.search(r"(?ims)^(host|content-length):.*^\1:", match[3]):
         raise ApiError("badRequest", "This is no request of HTTP/1.1", 400)
     method, target, lines = match.groups()
@@ -641,16 +657,18 @@ class Handler:
         self.sock = sock
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting: for its head, then to take its answer. NEVER while
-        # we work for a call whose checksum was right, be it a guest's join, and while we read the
-        # slides of such a call: then close_slowest spares this connection
+        # since when the client keeps us waiting: first for its head and a form; then, from
+        # read_call on, NEVER: its checksum was right, be it that of a guest's join, so we read its
+        # slides and work for it, and close_slowest spares it; from respond on, to take its answer,
+        # and anew with each piece; last, to stop sending what nobody reads
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
         # what of the head, or behind it, has been received; read_body leaves it as it is
         self.buffer = b""
-        # the bytes of body that this connection has reserved, until it is closed: read_body adds up
-        # those of all. If it is less than head.length, the body was not read, see respond
+        # the length of the body that this connection reads, or has read, until it is closed:
+        # read_body adds up those of all. If it is less than head.length, the body was refused, and
+        # is still to come: see respond
         self.reserved = 0
 
     def serve(self) -> None:
@@ -666,9 +684,10 @@ class Handler:
                 self.sock.do_handshake()
             self.handle()
         except OSError as error:
-            # who hangs up without a word, as a monitor that only tries the port, is no news
-            has_hung_up = isinstance(error, (ConnectionError, ssl.SSLEOFError))
-            if self.buffer or self.head.path or not has_hung_up:
+            # who hangs up without having sent a thing, as a monitor that only tries the port, is no
+            # news
+            has_sent = self.buffer or self.head.path
+            if has_sent or not isinstance(error, (ConnectionError, ssl.SSLEOFError)):
                 log_error(self.address, error)
         except Exception as error:
             # whatever it is, the caller gets an answer; if that fails, too, nobody can be told
@@ -699,10 +718,10 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # our machine may have been paused: so after the deadline we still take what lies ready
-        # (there is 1 ms for it), but only if no part of the head has come yet. (Of a form whose
-        # head came alone the buffer is empty, too. So who sends a byte of it each millisecond has a
-        # minute for its 64 KiB, instead of 10 s: that is accepted.)
+        # the deadline ends it only if something of the head is there already. Else we look once
+        # more, for 1 ms: if our machine was paused, the head may have come meanwhile. (Of a form
+        # whose head came alone nothing is in the buffer, either. So who sends a byte of it each
+        # millisecond has a minute for its 64 KiB, instead of 10 s: that is accepted.)
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -715,12 +734,14 @@ class Handler:
         """The head of the request. Raises ApiError if it is too large."""
         searched = 0
         while not END_OF_HEAD.search(self.buffer, searched) and len(self.buffer) <= MAX_HEAD:
-            # TLS can bring it byte by byte: no byte is searched again and again
+            # TLS can bring it byte by byte: no byte is searched again and again, but the last four,
+            # in which an end may have begun
             searched = max(0, len(self.buffer) - 4)
             self.buffer += self.receive()
             # the first byte of a TLS handshake
             if self.buffer.startswith(b"\x16"):
                 raise ConnectionError(errno.EPROTO, "it speaks HTTPS to a port of plain HTTP")
+        # without that end it is all of the buffer, and parse_head refuses it
         head, end, self.buffer = self.buffer.partition(b"\r\n\r\n")
         if len(head) > MAX_HEAD:
             raise ApiError("badRequest", "The head of the request is too large", 431)
@@ -775,7 +796,7 @@ class Handler:
         has_body = self.head.length > 0 and call.name != "join"
         # if the query of the URL is empty, or has the checksum alone, then a form is the query.
         # Another body of that type can only be XML, see read_slides
-        is_form = has_body and media_type == FORM and not re.sub("^checksum=[^&]*$", "", query)
+        is_form = has_body and media_type == FORM and bool(re.fullmatch("(checksum=[^&]*)?", query))
         if is_form:
             call.content_type = FORM
             form = self.read_body(MAX_HEAD).decode("latin-1")
@@ -794,10 +815,10 @@ class Handler:
 
         Raises ApiError.
         """
-        # what is in a body is not signed, so no parameters may be there: a call that has a query in
-        # its URL may not have a form, too. But some clients label their XML as a form. (What BBB
-        # makes of the fields of multipart is its own matter: only who has a right query can send
-        # them)
+        # what is in a body is not signed. So a call that has a query in its URL may not have a
+        # form, too; but some clients label their XML as one. (The fields of multipart are not
+        # signed, either. What BBB makes of them is its own matter: who has a right query can send
+        # any)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -821,13 +842,12 @@ class Handler:
         size = self.head.length
         if size > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
-        # first noted, then counted: of two that come at once none is overlooked. Forms, which are
-        # not verified yet and so have no parameters, take no room from others: they are small
+        # first noted, then counted: of two that come at once none is overlooked. Who is not
+        # verified, and so has no parameters, sends a form: it is small, takes no room from others,
+        # and needs none
         self.reserved = size
-        if (
-            sum(other.reserved for other in list(self.balancer.handlers) if other.call.params)
-            > MAX_BODIES
-        ):
+        sizes = [other.reserved for other in list(self.balancer.handlers) if other.call.params]
+        if self.call.params and sum(sizes) > MAX_BODIES:
             self.reserved = 0
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
@@ -892,7 +912,7 @@ class Handler:
 class Balancer(http.server.ThreadingHTTPServer):
     """The listener, and a thread of a pool for each connection.
 
-    Of its base it uses the loop that accepts, and what begins and ends that.
+    Of its base it uses serve_forever, which accepts, handle_request, shutdown and server_close.
     """
 
     def __init__(
@@ -907,7 +927,8 @@ class Balancer(http.server.ThreadingHTTPServer):
         self.started = time.monotonic()
         # what is wrong with the settings on disk
         self.mistake = ""
-        # one for each connection, and how many there may be
+        # one for each connection, and how many there may be. To add, to discard and to copy is one
+        # step in Python each
         self.handlers: set[Handler] = set()
         self.limit = limit
         self.threads = futures.ThreadPoolExecutor(limit)
@@ -924,19 +945,23 @@ class Balancer(http.server.ThreadingHTTPServer):
         handler = Handler(self, request, client_address[0])
         self.handlers.add(handler)
         # submit puts it into the pool's queue, and then begins a thread. If the system allows no
-        # more threads (RuntimeError), one of those that run will take it from there
+        # more threads (RuntimeError), one of those that run will take it from there. (That a pool
+        # is at its end would be a RuntimeError, too; this one never is)
         with suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
     def close_slowest(self) -> None:
         """Close the connection of who has kept us waiting longest, a second at least.
 
-        While we work for a verified call its connection is not closed (unless it was verified at
-        this very moment). But that of a client that takes its answer slowly may be.
+        While we work for a verified call its connection is not closed. (If it is verified at this
+        very moment, the call is carried out, and the caller sees its connection break off.) That of
+        a client that takes its answer slowly may be closed.
 
-        So nobody else gets in if all connections are such calls: if a thousand calls wait for
-        servers at once; or if somebody who got hold of a signed URL sends a thousand slow bodies.
-        nginx before us, which passes on a body only when it is whole, prevents the second.
+        So nobody else gets in if all connections are such calls: if a thousand calls, be they all
+        the same join of one guest, wait for servers at once; or if somebody who got hold of a
+        signed URL sends a thousand slow bodies. (Three that say that they are large leave no room
+        for other bodies.) nginx before us, which passes on a body only when it is whole, prevents
+        the second.
 
         In any case, wait a moment for a thread to end.
         """
@@ -952,7 +977,7 @@ class Balancer(http.server.ThreadingHTTPServer):
 
 
 class Markup(str):
-    """HTML that is not escaped again: written by fill, or a constant of ours."""
+    """HTML that is not escaped again: written by fill, joined of such, or a constant of ours."""
 
 
 def fill(template: str, **values: object) -> Markup:
@@ -1011,8 +1036,10 @@ OUR_TROUBLE = (
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# What a proxy answers if no BBB works behind it. After 504 BBB may still have carried out the call.
-# After 502, too, if it broke off just then; but then it is restarted, and has lost its meetings.
+# What a proxy answers if no BBB works behind it. (The 404 of an old BBB to a call that it does not
+# know is passed on before that: such calls are not is_xml in ROUTES.) After 504 BBB may still have
+# carried out the call, so no other server gets it. After the others one may. For if BBB broke off
+# while it carried out the call (502), it is restarted, and has lost its meetings.
 GONE = (404, 502, 503, 504)
 
 
@@ -1049,8 +1076,9 @@ class Server(Connections):
         self.warned: dict[str, str] = {}
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # when the newest of the calls that tell its health was ASKED to which it gave a usable
-        # answer; and the same for any answer, also an error page
+        # both are times at which a call was SENT, of those that tell its health (see Route): of the
+        # newest one that got a usable answer, and of the newest one that got any answer, be it an
+        # error page
         self.answered = 0.0
         self.reacted = 0.0
         # how many seconds its last answer took
@@ -1064,7 +1092,8 @@ class Server(Connections):
         # its first survey has ended, be it in vain: until then it may have meetings that we do not
         # know
         self.first_survey_ended = False
-        # a survey has shown that it is up; another call may have done so before
+        # a survey has shown once that it is up. For Directory.note_shown_up: another call may have
+        # marked a new server up before that
         self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1120,8 +1149,8 @@ class Server(Connections):
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
             # a create, see sign_again: the first time it may have been carried out. That the
-            # connection closed is no outage, and no reason for doubt. Before `judge`, which would
-            # say of a 502 that the create was not carried out
+            # connection closed is no outage, and no reason for doubt. This must come before
+            # `judge`, which would say of a 502 that the create was not carried out
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.note_answer(call, asked, answer)
@@ -1172,8 +1201,8 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # any failure of our survey is an outage; none of a client's getMeetings is, as it has a
-            # query, which may be what is wrong: our next survey tells
+            # any error page is an outage, as it has no query. Only a client's may have one, and
+            # then that may be what is wrong: our next survey tells
             is_outage = not call.query
         error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1193,8 +1222,8 @@ class Server(Connections):
         """
         # a call that is too long for a URL, or has a body, may be refused by a server that is well
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # a create that fails makes us doubt the server; but not if our own machine lacked something
-        # to connect: that is NotCarriedOut, and no outage
+        # a create that fails makes us doubt the server, until two surveys were good. (Not if our
+        # own machine lacked something to connect: that is NotCarriedOut, and no outage)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1288,7 +1317,8 @@ class Claim:
         """As a Meeting's: how new our knowledge is.
 
         While a create is on its way it is newer than any: no server need be asked for the meeting.
-        Otherwise it is older than any: they must be asked.
+        Otherwise it is older than any: they must be asked. So who looks at a home's age need not
+        know which of the two it is.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1310,7 +1340,7 @@ class Directory:
         self.servers: list[Server] = []
         self.placement = "turn"
         self.turn = 0
-        # when a server last came up while no other one was up, see is_lost
+        # when a server last came up while none was up, see is_lost
         self.recovered = LONG_AGO
         # who were given the last two new meetings
         self.last_two: list[Server] = []
@@ -1327,8 +1357,8 @@ class Directory:
         # the probes that run, by meetingID; their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # lists are parsed and merged one at a time: of a long one each step holds up all other
-        # threads, and a hundred at once would let no join through
+        # lists for clients are parsed and merged one at a time: of a long one each step holds up
+        # all other threads, and a hundred at once would let no join through
         self.merging = threading.Lock()
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
@@ -1358,7 +1388,8 @@ class Directory:
         What is older than what we know is no news.
         """
         with self.lock:
-            # what was told last, be it by a server that is lost; below, `home` is what still counts
+            # what was told last, be it of a server that is lost by now; `home`, below, is what ties
+            # the meeting to a server now, and that may be a claim
             known = self.meetings.get(info.meeting_id)
             denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
@@ -1367,8 +1398,8 @@ class Directory:
             home = self.home(info.meeting_id)
             first_heard = self.clock()
             if home and home.server is not server:
-                # a claim stays; of two meetings the newer one counts. If that is the new one, it
-                # takes the other's place, as first heard of now
+                # a claim stays; of two meetings the one that was created later counts. If that is
+                # `info`, it takes the other's place, as first heard of now
                 if isinstance(home, Claim) or home.info.created > info.created:
                     return
             elif known and known.info.created == info.created:
@@ -1416,8 +1447,8 @@ class Directory:
         with self.lock:
             for info in infos:
                 home = self.home(info.meeting_id)
-                # a name that somebody typed can make a list unreadable, and put what looks like a
-                # meeting into it: that takes no meeting away from another server
+                # a name that somebody typed can put what looks like a meeting into a list, which
+                # is not whole then, see `mend`: that takes no meeting away from another server
                 if is_whole or home is None or home.server is server:
                     self.remember(server, info, asked)
             if is_whole:
@@ -1431,8 +1462,8 @@ class Directory:
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
-            # before the lock is free: a server that comes back is still marked down, and `home`
-            # would take its meetings for lost
+            # still under the lock: else a create could see this server as it was, down for long,
+            # and go elsewhere
             self.note_shown_up(server, asked)
 
     def drop_old(self, old: float) -> None:
@@ -1456,7 +1487,8 @@ class Directory:
     def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
-            was_any_up = any(other.is_up and other.is_shown_up for other in self.servers)
+            # itself, too: only a server that comes up can be the first
+            was_any_up = any(each.is_up and each.is_shown_up for each in self.servers)
             server.note_up(asked)
             server.is_shown_up = True
             if server.is_up and not was_any_up:
@@ -1482,8 +1514,8 @@ class Directory:
 
         It was taken out of the list, or has been down for HOLD. If all servers were down, our own
         network may have failed: then HOLD counts from the moment when the first one came back.
-        (That holds also what was lost long before: if one of two servers has been down for an hour
-        when the other fails and returns, the meetings of the first are held for HOLD once more.)
+        (What was lost long before is held once more, too, which is accepted: for example if one of
+        two servers has been down for an hour when the other one fails and returns.)
         """
         if server not in self.servers:
             return True
@@ -1505,43 +1537,60 @@ class Directory:
                 return known
             return None
 
-    def claim(
-        self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
-    ) -> tuple[Server, str] | None:
-        """The server for a create, and why: it has a claim from now on.
+    def assign_known(self, meeting_id: str, tried: Servers) -> tuple[Server, str] | None:
+        """As `assign`, for a meeting whose home is known well enough.
 
-        `place` calls it first without having asked the servers for the meeting: then `asked` is
-        LONG_AGO, and claim returns None if they must be asked. Then `place` asks them, and calls it
-        with the time of that.
-
-        The server is the one that has the meeting, or may have it; else one for a new meeting, see
-        `choose`. Raises Unavailable if that server is down, or was tried in vain; or if it is
-        cordoned, and gave no yes to a question that was asked at the time `asked` or later.
+        None if the servers must be asked for it first.
         """
         with self.lock:
             home = self.home(meeting_id)
-            if asked == LONG_AGO:
-                oldest = self.clock() - MEETING_TTL
-                # a cordoned server is always asked: what has ended there must begin elsewhere
-                if home is None or home.server.entry.cordoned or home.asked < oldest:
-                    return None
+            oldest = self.clock() - MEETING_TTL
+            # a cordoned server is always asked: what has ended there must begin elsewhere
+            if home is None or home.server.entry.cordoned or home.asked < oldest:
+                return None
+            return self.add_claim(meeting_id, home.server, home.why, tried)
+
+    def assign(
+        self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
+    ) -> tuple[Server, str]:
+        """The server for a create, and why: it has a claim from now on.
+
+        It is the one that has the meeting, or may have it; else one for a new meeting, see
+        `choose`. The servers were asked for the meeting at the time `asked`.
+
+        Raises Unavailable if that server is down, or was tried in vain; or if it is cordoned, and
+        has not said that it has the meeting.
+        """
+        with self.lock:
+            home = self.home(meeting_id)
             if home is None:
                 server, why = self.choose(tried, asked, parent)
-            else:
-                server = home.server
-                why = home.why
-                if server.entry.cordoned and home.asked < asked:
-                    # with a yes `home` would be newer, and with a no it would not be there. Another
-                    # server would get the create in spite of its silence; this one might begin anew
-                    # what has ended
-                    raise Unavailable(f"{server} (cordoned, and silent)")
-            if server.is_down or server in tried:
-                raise Unavailable(f"{server} (held)")
-            # one that is lost, as `home` did not name it, is replaced
-            claim = home if isinstance(home, Claim) else Claim(server)
-            claim.sending += 1
-            self.claims[meeting_id] = claim
-            return server, why
+                return self.add_claim(meeting_id, server, why, tried)
+            if home.server.entry.cordoned and home.asked < asked:
+                # with a yes `home` would be newer, and with a no it would not be there. If it is
+                # not cordoned a server gets the create all the same. But this one might begin anew
+                # what has ended
+                raise Unavailable(f"{home.server} (cordoned, and silent)")
+            return self.add_claim(meeting_id, home.server, home.why, tried)
+
+    def add_claim(
+        self, meeting_id: str, server: Server, why: str, tried: Servers
+    ) -> tuple[Server, str]:
+        """Give this server, to which a create will be sent, a claim. The lock is held.
+
+        Raises Unavailable if it is down, or was tried in vain.
+        """
+        if server.is_down:
+            raise Unavailable(f"{server} (held)")
+        if server in tried:
+            raise Unavailable(f"{server} (tried in vain)")
+        claim = self.claims.get(meeting_id)
+        # another server's claim has no home any more: that server is lost
+        if not claim or claim.server is not server:
+            claim = Claim(server)
+        claim.sending += 1
+        self.claims[meeting_id] = claim
+        return server, why
 
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
         """Note that a create has come to its end.
@@ -1683,8 +1732,8 @@ class Directory:
                 self.forget(server, meeting_id, asked)
             # else it is another meeting: BBB takes the beginning of an internal ID, too, and looks
             # for that first. So it is neither a yes nor a no
-        # a yes that did not count beside another server's claim, or newer meeting, counts now if
-        # that server said no after it
+        # answers come in any order: a yes did not count beside another server's claim, or newer
+        # meeting; but that server may have said no after it. So they are told once more
         for server, info in told:
             self.remember(server, info, asked)
 
@@ -1737,9 +1786,11 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # one answer is enough: what silent servers have, as far as we know it, has a home
+                # one answer is enough: if we knew the meeting on a silent server, that would be its
+                # home
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
+                # not believed for long if servers are slow, as it counts from the question
                 self.absent[meeting_id] = asked
         if home is None:
             return None, "nowhere"
@@ -1758,8 +1809,8 @@ def survey(directory: Directory, server: Server) -> None:
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
-        # now, not when it was asked: note_down takes what is older than Server.answered, which
-        # call_unlimited set a moment after our `asked`, for old news
+        # not `asked`, which is a moment older than Server.answered is now: note_down would take it
+        # for old news
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     was_up = server.is_up
@@ -1825,11 +1876,12 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # BBB makes names of elements of typed names. A section that is left, or an instruction, was
-    # begun by one, and a parser could take what follows for a part of it, ends of elements too. So
-    # these are mended. A comment can hide nothing: of the typed name !--x BBB makes
-    # <!--x>...</!--x>, and "--" within a comment is an error to every parser, so that is mended,
-    # too; of the typed name !-- it makes <!-->...</!-->, and the comment ends there
+    # BBB makes names of elements of typed names. So what looks like the begin of a section, or of
+    # an instruction, is left of a typed name. A parser could take all that follows for a part of
+    # it, ends of elements too: the text must be mended.
+    # What looks like a comment can hide nothing. The typed name !--x makes <!--x>...</!--x>, and
+    # "--" within a comment is an error to every parser. The typed name !-- makes <!-->...</!-->,
+    # which is a whole comment
     if "<![CDATA[" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -1859,10 +1911,10 @@ def mend(text: str) -> ET.Element:
         is_custom = parent.tag in CUSTOM
         if tag.startswith("</"):
             name = tag[2:-1]
-            # in custom data only its own end counts, as its children are never in `opened`, or that
-            # of the item: so no typed name hides the next item
-            is_inside = is_custom and name not in ("meeting", "recording")
-            ending = [parent] if is_inside else opened[1:]
+            # in custom data two ends count, the others are typed names: its own; and that of the
+            # meeting or recording, so that no typed name hides the next one
+            is_typed = is_custom and name not in ("meeting", "recording")
+            ending = [parent] if is_typed else opened[1:]
             if name in [element.tag for element in ending]:
                 while opened.pop().tag != name:
                     pass
@@ -1994,7 +2046,8 @@ def success(inner: str) -> Answer:
 def create(directory: Directory, call: ApiCall) -> Answer:
     """To the server that has the meeting, or may have it; a new meeting is placed.
 
-    If the chosen server cannot be reached, it goes to the next one.
+    If the chosen server cannot be reached, it goes to the next one. (Of several creates of one
+    meeting at the same moment only the last one does: the others fail, as that may have it.)
 
     Raises Unavailable if a server may have carried it out without telling: then it is not tried
     elsewhere.
@@ -2027,16 +2080,15 @@ def create(directory: Directory, call: ApiCall) -> Answer:
 def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, str]:
     """The server for a create that was tried on these in vain, and why that one. It has a claim.
 
-    All servers are asked first, unless the meeting's is known. Raises as Directory.claim does.
+    All servers are asked first, unless the meeting's is known. Raises as Directory.assign does.
     """
-    placed = directory.claim(call.meeting_id, tried, LONG_AGO, None)
-    # until it is placed: after one probe it is, or claim raises
-    while placed is None:
-        parent_id = call.params.get("parentMeetingID", "")
-        parent = directory.find(parent_id)[0] if parent_id else None
-        asked = directory.probe(call.meeting_id)
-        placed = directory.claim(call.meeting_id, tried, asked, parent)
-    return placed
+    placed = directory.assign_known(call.meeting_id, tried)
+    if placed:
+        return placed
+    parent_id = call.params.get("parentMeetingID", "")
+    parent = directory.find(parent_id)[0] if parent_id else None
+    asked = directory.probe(call.meeting_id)
+    return directory.assign(call.meeting_id, tried, asked, parent)
 
 
 # ---- routes: a call about one meeting ------------------------------------------------------------
@@ -2045,7 +2097,8 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
 def join(directory: Directory, call: ApiCall) -> Answer:
     """A browser is sent to the meeting's server itself, for its cookie.
 
-    A program may want the answer.
+    Nobody asks that server first: if it died a moment ago, the browser sees that for itself. A
+    program may want the answer.
     """
     # to BBB every word but "true" is false
     if call.params.get("redirect", "").lower() not in ("", "true"):
@@ -2071,7 +2124,11 @@ def join(directory: Directory, call: ApiCall) -> Answer:
 
 
 def relay(directory: Directory, call: ApiCall) -> Answer:
-    """To the meeting's server. A denial is passed on only when the others were asked, too."""
+    """To the meeting's server.
+
+    A denial is passed on only if that server, asked once more, has the meeting; or when the others
+    were asked, too.
+    """
     if not call.meeting_id:
         return relay_anywhere(directory, call)
     server, why = directory.find(call.meeting_id)
@@ -2136,6 +2193,7 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
         if server in heard and heard[server].returncode != "FAILED":
             answers[server] = heard[server]
     call.note = f"{len(answers)} of {len(every)} servers"
+    # all refuse. There is a first one: no list of servers is empty
     if not answers and len(heard) == len(every):
         raise ApiError("failed", "", note=call.note, page=heard[servers[0]])
     missing = [str(server) for server in every if server not in answers]
@@ -2235,8 +2293,9 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
 def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     """A call about recordings: to each server that has some of them.
 
-    One SUCCESS is a SUCCESS: BBB, too, says so if it has only some of the recordings. Raises
-    Unavailable if a server that has some of them, or may have some, does not answer.
+    One SUCCESS, in XML or JSON, is a SUCCESS: BBB, too, says so if it has only some of the
+    recordings. Raises Unavailable if a server that has some of them, or may have some, does not
+    answer.
     """
     ids = record_ids(call)
     if not ids:
@@ -2244,7 +2303,9 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     query = f"recordID={quote_plus(','.join(ids))}&state=any"
     # a long form stays a form
     question = ApiCall("getRecordings", query, content_type=call.content_type)
-    lists = lists_in(question, ask_all(directory, question))
+    answers_of = ask_all(directory, question)
+    with directory.merging:
+        lists = lists_in(question, answers_of)
     owners = [server for server, items in lists.items() if ids & ids_in(items)]
     call.note = f"{' and '.join(map(str, owners))} (owner)" if owners else question.note
     # what can be done is done first: a repeat finishes it
@@ -2253,7 +2314,7 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
         raise Unavailable(call.note)
     if not owners:
         return relay_anywhere(directory, call, "nowhere")
-    return max(answers, key=lambda answer: answer.returncode == "SUCCESS")
+    return max(answers, key=lambda answer: b"SUCCESS" in answer.body)
 
 
 # ---- routes: webhooks ----------------------------------------------------------------------------
@@ -2299,19 +2360,23 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
     question = ApiCall("hooks/list")
     lists = lists_in(question, ask_all(directory, question))
+    is_sure = set(directory.servers) <= lists.keys()
     jobs = []
     for server, hooks in lists.items():
         for hook in hooks:
             if hook_id(hook.findtext("callbackURL", "")) == wanted:
                 own_id = hook.findtext("hookID", "")
                 # all at once, so that no caller waits for two silent servers
-                job = directory.threads.submit(attempt, call.name, destroy_on, server, own_id)
-                jobs.append(job)
+                try:
+                    job = directory.threads.submit(attempt, call.name, destroy_on, server, own_id)
+                    jobs.append(job)
+                except RuntimeError:
+                    # the system allows no more threads
+                    is_sure = False
     results = [job.result() for job in jobs]
-    is_sure = set(directory.servers) <= lists.keys() and None not in results
     removed = results.count(True)
     call.note = f"removed from {removed} of {len(directory.servers)} servers"
-    if not is_sure:
+    if not is_sure or None in results:
         raise Unavailable(call.note)
     if not removed:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
