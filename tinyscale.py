@@ -24,8 +24,8 @@ To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then 
 and Connections. Outside of Part I secrets are read by read_settings and what it calls; print_url
 signs; apply, check, Directory.use and examine hand entries on; join hands out a URL that was
 signed. No secret is ever an argument of the command line. XML that servers send is parsed by parse
-alone, with the patterns above it; Answer.returncode, judge, is_denial, items_of and destroy_on
-search its bytes for a word.
+alone, with the patterns above it; Answer.returncode, judge, is_denial, items_of,
+relay_recording and destroy_hook search its bytes for a word.
 Three more things outside of Part I touch every connection: listen and read_tls make the listener,
 connection_limit says how many connections there may be, and count_call counts calls.
 
@@ -842,12 +842,13 @@ class Handler:
         size = self.head.length
         if size > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
-        # first noted, then counted: of two that come at once none is overlooked. Who is not
-        # verified, and so has no parameters, sends a form: it is small, takes no room from others,
-        # and needs none
+        # first noted, then counted: of two that come at once none is overlooked. Forms are small:
+        # they do not count, nor are they refused
         self.reserved = size
-        sizes = [other.reserved for other in list(self.balancer.handlers) if other.call.params]
-        if self.call.params and sum(sizes) > MAX_BODIES:
+        others = [
+            other for other in list(self.balancer.handlers) if other.call.content_type != FORM
+        ]
+        if self in others and sum(other.reserved for other in others) > MAX_BODIES:
             self.reserved = 0
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
@@ -1121,7 +1122,9 @@ class Server(Connections):
         may have.
         """
         call.note = f"{self} ({why})"
-        slots = self.recording_slots if call.name == "getRecordings" else self.slots
+        slots = self.slots
+        if call.route.is_read and call.route.is_long:
+            slots = self.recording_slots
         if not slots.acquire(blocking=False):
             raise NotCarriedOut(f"{self} (too many calls wait for it)")
         try:
@@ -1132,7 +1135,9 @@ class Server(Connections):
     def call_unlimited(self, call: ApiCall, timeout: float = 0) -> Answer:
         """As `call`, but without its limit, so that a survey is always sent."""
         asked = time.monotonic()
-        seconds = timeout or (LONG_TIMEOUT if call.body or call.route.is_long else ANSWER_TIMEOUT)
+        seconds = timeout or ANSWER_TIMEOUT
+        if not timeout and (call.body or call.route.is_long):
+            seconds = LONG_TIMEOUT
         request = self.sign_again(call)
         try:
             answer = self.send(request, seconds)
@@ -1357,9 +1362,9 @@ class Directory:
         # the probes that run, by meetingID; their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # lists for clients are parsed and merged one at a time: of a long one each step holds up
-        # all other threads, and a hundred at once would let no join through
-        self.merging = threading.Lock()
+        # lists for clients are parsed and merged one at a time, of each kind: of a long one each
+        # step holds up all other threads, and a hundred at once would let no join through
+        self.merging = {name: threading.Lock() for name in LISTS}
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
         """Take these servers from now on. One that stays keeps its state and its meetings."""
@@ -1441,16 +1446,17 @@ class Directory:
     ) -> None:
         """Note what the server, asked at that time, lists.
 
-        If the list is whole, it has no other meeting.
+        If the list is whole, it has no other meeting. If not, it only tells what to ask for.
         """
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
             for info in infos:
-                home = self.home(info.meeting_id)
-                # a name that somebody typed can put what looks like a meeting into a list, which
-                # is not whole then, see `mend`: that takes no meeting away from another server
-                if is_whole or home is None or home.server is server:
+                if is_whole:
                     self.remember(server, info, asked)
+                elif self.home(info.meeting_id) is None:
+                    # a name that somebody typed can put what looks like a meeting into such a list,
+                    # see `mend`. So it is only a hint, so old that the servers are asked
+                    self.remember(server, MeetingInfo(info.meeting_id), LONG_AGO)
             if is_whole:
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
@@ -1668,7 +1674,7 @@ class Directory:
             is_ours = meeting.server is server and key == info.meeting_id
             # whether it was in the server's last list, or we heard of it later. (A list that had to
             # be mended makes us forget nothing, see `learn`, but what it lacks does not count here)
-            is_current = meeting.asked >= server.surveyed
+            is_current = key in server.listed or meeting.asked >= server.surveyed
             if is_ours and is_current and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
                 people += max(info.participants, EXPECTED if is_young else 0)
@@ -1681,14 +1687,18 @@ class Directory:
 
         Who gives no usable answer, or takes too long, is left out.
         """
-        answers: queue.SimpleQueue[tuple[Server, Answer | None]] = queue.SimpleQueue()
+        return self.send_all([(server, call) for server in servers])
+
+    def send_all(self, calls: Sequence[tuple[Server, ApiCall]]) -> Iterator[tuple[Server, Answer]]:
+        """As `ask`, but with a call for each server, all of one name."""
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         seconds = CONNECT_TIMEOUT + LONG_TIMEOUT
-        if call.route.is_read and not call.route.is_long:
+        if all(call.route.is_read and not call.route.is_long for _, call in calls):
             # rather an answer that lacks a slow server than one that comes late
             seconds = PROBE_TIMEOUT
         deadline = time.monotonic() + seconds
 
-        def ask_one(server: Server) -> None:
+        def ask_one(server: Server, call: ApiCall) -> None:
             answer = None
             # what waited too long for a thread is not sent any more. But what is sent has its own
             # time: who answers too late for us still shows that it is up
@@ -1697,14 +1707,14 @@ class Directory:
                 answer = attempt(call.name, server.call, replace(call), "asked")
             answers.put((server, answer))
 
-        for server in servers:
+        for server, call in calls:
             # as in Balancer.process_request: it is in the queue even if no thread can begin
             with suppress(RuntimeError):
-                self.threads.submit(ask_one, server)
-        for _ in servers:
+                self.threads.submit(ask_one, server, call)
+        for _ in calls:
             try:
                 # after a pause of our machine what came meanwhile counts: all have LATE together
-                timeout = max(LATE / len(servers), deadline - time.monotonic())
+                timeout = max(LATE / len(calls), deadline - time.monotonic())
                 server, answer = answers.get(timeout=timeout)
             except queue.Empty:
                 return
@@ -1858,6 +1868,8 @@ CDATA = re.compile(
 )
 # The elements whose children have the names that people typed.
 CUSTOM = ("customdata", "metadata")
+# What a list has in it.
+ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
 MAX_DEPTH = 30
 TOO_DEEP = "/".join("*" * MAX_DEPTH)
@@ -1912,8 +1924,10 @@ def mend(text: str) -> ET.Element:
         if tag.startswith("</"):
             name = tag[2:-1]
             # in custom data two ends count, the others are typed names: its own; and that of the
-            # meeting or recording, so that no typed name hides the next one
-            is_typed = is_custom and name not in ("meeting", "recording")
+            # meeting or recording, lest a typed name hide the next one. But if the last child has
+            # that name, it is the end of that
+            is_childs = len(parent) > 0 and parent[-1].tag == name
+            is_typed = is_custom and (is_childs or name not in ITEM_OF.values())
             ending = [parent] if is_typed else opened[1:]
             if name in [element.tag for element in ending]:
                 while opened.pop().tag != name:
@@ -1924,8 +1938,9 @@ def mend(text: str) -> ET.Element:
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
-                # in custom data nothing is nested
-                if not is_custom and not tag.endswith("/>"):
+                # nothing is nested in custom data, nor in what is no item of a list
+                is_leaf = is_custom or element.tag != ITEM_OF.get(parent.tag, element.tag)
+                if not is_leaf and not tag.endswith("/>"):
                     opened.append(element)
     return root
 
@@ -2019,9 +2034,13 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
     """The items of several servers, the newest first; of one identity only the newest."""
+
+    def age(item: ET.Element) -> int:
+        return -number(item.findtext(shape.newest))
+
     every = [item for items in lists for item in items]
     merged: dict[object, ET.Element] = {}
-    for item in sorted(every, key=lambda item: number(item.findtext(shape.newest)), reverse=True):
+    for item in sorted(every, key=age):
         # findtext finds no element named ""
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
@@ -2085,8 +2104,10 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     placed = directory.assign_known(call.meeting_id, tried)
     if placed:
         return placed
+    parent = None
     parent_id = call.params.get("parentMeetingID", "")
-    parent = directory.find(parent_id)[0] if parent_id else None
+    if parent_id:
+        parent, _ = directory.find(parent_id)
     asked = directory.probe(call.meeting_id)
     return directory.assign(call.meeting_id, tried, asked, parent)
 
@@ -2157,7 +2178,7 @@ def is_denial(call: ApiCall, answer: Answer) -> bool:
 
 
 def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Answer:
-    """A call about no meeting that we know: to the first server that is up, for BBB's own answer.
+    """A call about no meeting that we know: to the first server not down, for BBB's own answer.
 
     If that cannot be reached, to the next one; but no more once CONNECT_TIMEOUT is over, so that no
     caller waits for two silent servers.
@@ -2165,7 +2186,7 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
     deadline = directory.clock() + CONNECT_TIMEOUT
     note = "no server is up"
     for server in directory.servers:
-        if server.is_up and directory.clock() <= deadline:
+        if not server.is_down and directory.clock() <= deadline:
             try:
                 return server.call(call, why)
             except NotCarriedOut as error:
@@ -2222,7 +2243,7 @@ def relay_list(directory: Directory, call: ApiCall) -> Answer:
     """One list of what all servers have. A server that gives none is left out."""
     shape = LISTS[call.name]
     answers = ask_all(directory, call)
-    with directory.merging:
+    with directory.merging[call.name]:
         items = merge(shape, lists_in(call, answers).values())
         for item in items:
             # in a list of hooks; nothing else has a hookID
@@ -2274,7 +2295,7 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
     call.query = without(call.query, "offset", "limit")
     answers = ask_all(directory, call)
     shape = LISTS[call.name]
-    with directory.merging:
+    with directory.merging[call.name]:
         lists = lists_in(call, answers)
         if not is_complete(directory, call, lists):
             raise Unavailable(call.note)
@@ -2304,10 +2325,12 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     # a long form stays a form
     question = ApiCall("getRecordings", query, content_type=call.content_type)
     answers_of = ask_all(directory, question)
-    with directory.merging:
+    with directory.merging[question.name]:
         lists = lists_in(question, answers_of)
     owners = [server for server, items in lists.items() if ids & ids_in(items)]
-    call.note = f"{' and '.join(map(str, owners))} (owner)" if owners else question.note
+    call.note = question.note
+    if owners:
+        call.note = f"{' and '.join(map(str, owners))} (owner)"
     # what can be done is done first: a repeat finishes it
     answers = [answer for _, answer in directory.ask(owners, call)]
     if not is_complete(directory, call, lists) or len(answers) < len(owners):
@@ -2360,38 +2383,22 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
     question = ApiCall("hooks/list")
     lists = lists_in(question, ask_all(directory, question))
-    is_sure = set(directory.servers) <= lists.keys()
-    jobs = []
+    calls = []
     for server, hooks in lists.items():
         for hook in hooks:
             if hook_id(hook.findtext("callbackURL", "")) == wanted:
                 own_id = hook.findtext("hookID", "")
-                # all at once, so that no caller waits for two silent servers
-                try:
-                    job = directory.threads.submit(attempt, call.name, destroy_on, server, own_id)
-                    jobs.append(job)
-                except RuntimeError:
-                    # the system allows no more threads
-                    is_sure = False
-    results = [job.result() for job in jobs]
-    removed = results.count(True)
+                calls.append((server, ApiCall(call.name, f"hookID={quote_plus(own_id)}")))
+    answers = [answer for _, answer in directory.send_all(calls)]
+    removed = sum(answer.returncode == "SUCCESS" for answer in answers)
+    # said of a hook that is not there, and of a permanent one, which is never removed
+    missing = sum(b">destroyMissingHook<" in answer.body for answer in answers)
     call.note = f"removed from {removed} of {len(directory.servers)} servers"
-    if not is_sure or None in results:
+    if removed + missing < len(calls) or not set(directory.servers) <= lists.keys():
         raise Unavailable(call.note)
     if not removed:
         raise ApiError("destroyMissingHook", "The hook informed was not found.")
     return success("<removed>true</removed>")
-
-
-def destroy_on(server: Server, own_id: str) -> bool:
-    """Whether a server removed a hook that it knows by this ID. Raises Unavailable."""
-    call = ApiCall("hooks/destroy", f"hookID={quote_plus(own_id)}")
-    answer = server.call(call, "has it")
-    # said of a hook that is not there, and of a permanent one, which is never removed
-    is_missing = b">destroyMissingHook<" in answer.body
-    if answer.returncode != "SUCCESS" and not is_missing:
-        raise Unavailable(f"{server} (it does not remove the hook)")
-    return not is_missing
 
 
 # ---- routes: the table ---------------------------------------------------------------------------
@@ -2618,7 +2625,9 @@ def ago(since: float) -> str:
 
 
 def state_of(server: Server) -> str:
-    return "cordoned" if server.is_up and server.entry.cordoned else server.state
+    if server.is_up and server.entry.cordoned:
+        return "cordoned"
+    return server.state
 
 
 def days_left(server: Server) -> str:
@@ -2762,14 +2771,16 @@ MIN_SECRET = 20
 
 
 class SettingsError(Exception):
-    """A mistake in the settings: one line that says where, what was found, and the mend.
+    """A mistake in the settings: one line that says where, what was found, and the mend."""
 
-    Somebody may have put a secret, or a whole file, in the place of a path, for example. So neither
-    what is as long as a secret is shown, nor what is in a PEM file.
+
+def shown(value: str) -> str:
+    """The value of a setting, if it is short, or looks like a path, a name or an address.
+
+    Otherwise it could be a secret, or a whole file, in the wrong place: it is hidden.
     """
-
-    def __str__(self) -> str:
-        return re.sub("(?s)[A-Za-z0-9]{20,}|-----BEGIN.*-----", "...", super().__str__())
+    is_plain = re.fullmatch(r"/[\w./~-]*|[\w./:~-]*[.:][\w./:~-]*", value)
+    return value if len(value) < 20 or is_plain else "..."
 
 
 def require(is_right: object, mistake: str) -> None:
@@ -2786,13 +2797,15 @@ def read_text(name: str, path: str) -> str:
     if not path:
         return ""
     try:
-        path = os.path.abspath(path)
         # what is no UTF-8 becomes characters that cannot be printed, which no setting may have
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return file.read()
     except OSError as error:
+        where = os.path.abspath(path)
+        if shown(path) != path:
+            where = shown(path)
         raise SettingsError(
-            f"{name} {path}: {error.strerror}. "
+            f"{name} {where}: {error.strerror}. "
             "Check its name, and that the user of tinyscale may read it."
         ) from None
 
@@ -2891,7 +2904,8 @@ def read_entry(where: str, item: Any) -> Entry:
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule, harmless = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
-        found = json.dumps(item[name])
+        # a secret may stand behind a host
+        found = re.sub("[A-Za-z0-9]{20,}", "...", json.dumps(item[name]))
         if re.fullmatch(harmless, found):
             rule += f", not {found:.99}"
         require(is_right(item[name]), f"{key} {rule}.")
@@ -2927,7 +2941,8 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
         tls.load_cert_chain(certificate, key or None, lambda: "")
     except OSError as error:
         raise SettingsError(
-            f"TINYSCALE_CERT {certificate or 'not set'}, TINYSCALE_KEY {key or 'in it'}: "
+            f"TINYSCALE_CERT {shown(certificate or 'not set')}, "
+            f"TINYSCALE_KEY {shown(key or 'in it')}: "
             f"{error.strerror}. They must be PEM files that belong together."
         ) from None
     return tls
@@ -3008,12 +3023,12 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     port = given["PORT"] or "3005"
     require(
         port in map(str, range(65536)),
-        f"PORT: {port!r:.50} is no port. It must be a number up to 65535.",
+        f"PORT: {shown(port)!r} is no port. It must be a number up to 65535.",
     )
     placement = given["TINYSCALE_PLACEMENT"] or "turn"
     require(
         placement in PLACEMENTS,
-        f"TINYSCALE_PLACEMENT: {placement!r:.50} is none. Known are {', '.join(PLACEMENTS)}.",
+        f"TINYSCALE_PLACEMENT: {shown(placement)!r} is none. Known are {', '.join(PLACEMENTS)}.",
     )
     password = given["TINYSCALE_STATUS_PASSWORD"].strip()
     require(
@@ -3080,7 +3095,7 @@ def listen(settings: Settings) -> socket.socket:
         )
     is_dual = not settings.bind and socket.has_dualstack_ipv6()
     host = settings.bind or ("::" if is_dual else "0.0.0.0")
-    where = f"PORT {settings.port}, TINYSCALE_BIND {settings.bind or 'all addresses'!r:.99}"
+    where = f"PORT {settings.port}, TINYSCALE_BIND {shown(settings.bind) or 'all addresses'!r:.99}"
     try:
         addresses = socket.getaddrinfo(host, settings.port, 0, socket.SOCK_STREAM)
         family, _, _, _, address = addresses[0]
@@ -3214,10 +3229,16 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 def is_busy(balancer: Balancer) -> bool:
     """Whether somebody's call was verified and is not at its end, or has only just begun."""
     now = time.monotonic()
-    # only a call that was verified has parameters. Who kept us waiting for longer is a stranger
-    return any(
-        handler.call.params or now - handler.started < 1 for handler in list(balancer.handlers)
-    )
+    for handler in list(balancer.handlers):
+        # its body was refused, and it has its answer: what it still sends is only dropped
+        is_dropped = handler.waiting_since != NEVER and handler.reserved < handler.head.length
+        # a call that was verified has parameters
+        if handler.call.params and not is_dropped:
+            return True
+        # who has not been verified after a second is a stranger
+        if now - handler.started < 1:
+            return True
+    return False
 
 
 def drain(balancer: Balancer) -> None:
@@ -3307,7 +3328,9 @@ def examine(directory: Directory, server: Server) -> str:
         )
     # a failure that is no outage, for example if our own machine can open no more files, does not
     # mark the server down: its text is in `warned`
-    reason = server.reason if server.is_down else ". ".join(server.warned.values())
+    reason = server.reason
+    if not server.is_down:
+        reason = ". ".join(server.warned.values())
     trouble = [reason]
     if digests:
         trouble = [f'the secret is right, but not the digest: set "checksum": "{digests[0]}"']
