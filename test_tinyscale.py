@@ -1647,6 +1647,8 @@ class HttpTest(ClusterTest):
         for path, rest, is_waited_for in (
             # what it still sends is dropped
             ("/nothing", head.format("text/xml"), False),
+            # that it was verified does not matter then
+            (self.PATH, head.format("text/plain"), False),
             # it has shown no checksum yet
             ("/bigbluebutton/api/create", form, False),
             (self.PATH, head.format("text/xml"), True),
@@ -1657,8 +1659,8 @@ class HttpTest(ClusterTest):
                     self.assertTrue(until(lambda: self.balancer.handlers))
                     (handler,) = self.balancer.handlers
                     self.assertTrue(until(lambda: handler.head.path))
-                    if path == "/nothing":
-                        self.assertIn(b" 404 ", connection.recv(1000))
+                    if not is_waited_for and rest != form:
+                        self.assertIn(b"FAILED", connection.recv(1000))
                     if is_waited_for:
                         self.assertTrue(until(lambda: handler.reserved))
                     self.clock.ahead += 2
@@ -2470,6 +2472,10 @@ class BodiesTest(ClusterTest):
             refused = upload(3)
             self.assertEqual((refused.status, refused.messageKey), (503, "serverBusy"))
             self.assertEqual(refused.headers["Content-Type"], "text/xml;charset=utf-8")
+            # forms are small, and need no room
+            self.assertEqual(
+                self.form("getMeetingInfo", "meetingID=class", "").returncode, "SUCCESS"
+            )
             # what is small goes on all the while, and a body that is not read takes no room
             small = self.post("insertDocument", "meetingID=class", self.SLIDES, "application/xml")
             self.assertEqual(small.returncode, "SUCCESS")
@@ -5817,6 +5823,32 @@ class OutageTest(ClusterTest):
         self.assertEqual({call.result(5).returncode for call in waiting}, {"SUCCESS"})
         self.assertEqual(self.get("getMeetingInfo", "meetingID=busy").returncode, "SUCCESS")
 
+    def test_slow_reads_of_recordings_have_a_bound_of_their_own(self):
+        with mock.patch.multiple(tinyscale, MAX_WAITING=3):
+            self.start()
+        self.fakes[0].put("room")
+        self.survey()
+        record_id = self.fakes[0].record("lecture", 5)
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        for call in ("getRecordingTextTracks", "getRecordings"):
+            with self.subTest(call):
+                gate.clear()
+                self.fakes[0].faults[call] = held(gate)
+                slow = [background(self.get, call, f"recordID={record_id}") for _ in range(3)]
+                self.assertTrue(until(lambda: self.fakes[0].count(call) == 3))
+                answer = self.get("getMeetingInfo", "meetingID=room")
+                self.assertEqual(answer.returncode, "SUCCESS")
+                gate.set()
+                for answer in slow:
+                    answer.result(5)
+                self.fakes[0].faults.clear()
+                self.fakes[0].calls.clear()
+
+    def test_at_the_start_a_call_about_no_meeting_goes_to_an_unknown_server(self):
+        self.start_unknown()
+        self.assertEqual(self.get("deleteRecordings").messageKey, "missingParamRecordID")
+
     def test_no_call_waits_for_more_than_one_silent_server(self):
         with mock.patch.multiple(tinyscale, ABSENCE_TTL=600):
             # that it is nowhere is believed for a while
@@ -6336,6 +6368,9 @@ ODD_NAMES = (
     "/metadata></recordings",
     "x></metadata><customdata",
     "x></customdata><metadata",
+    "n></customdata></attendee></attendees></meeting><x",
+    "n></metadata></meeting><customdata",
+    "n></metadata></recording><x",
     "a><",
     "?xml version='2'?",
     "!DOCTYPE x",
@@ -6529,6 +6564,28 @@ class ListsTest(ClusterTest):
             self.assertIn("victim", self.directory.servers[1].listed)
             self.assertIs(self.directory.find("victim")[0], self.directory.servers[0])
             self.assertIs(self.directory.find("room")[0], self.directory.servers[1])
+
+    def test_what_a_broken_list_alone_tells_is_asked_for(self):
+        """As after a restart, when the lists come in any order."""
+        false = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"
+        self.fakes[0].put("victim")
+        name = f"a/></customdata></attendee></attendees></meeting>{false}<customdata><a"
+        self.fakes[1].put(
+            "room"
+        ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+        for is_asked_first in (True, False):
+            with self.subTest(is_asked_first=is_asked_first), mock.patch.object(self, "survey"):
+                self.start()
+                _, second, _ = self.directory.servers
+                tinyscale.survey(self.directory, second)
+                if is_asked_first:
+                    self.assertEqual(self.create("victim").messageKey, "duplicateWarning")
+                for server in self.directory.servers:
+                    tinyscale.survey(self.directory, server)
+                for meeting_id, fake in (("victim", self.fakes[0]), ("room", self.fakes[1])):
+                    location = self.get("join", f"meetingID={meeting_id}").headers["Location"]
+                    self.assertTrue(location.startswith(fake.url))
+        self.assertEqual(self.having("victim"), [self.fakes[0]])
 
     def test_no_mixture_of_odd_characters_makes_a_list_unreadable(self):
         dice = random.Random(20)
@@ -6898,6 +6955,18 @@ class RecordingsTest(ClusterTest):
                 change = self.get("updateRecordings", f"recordID={self.ids[1]}&meta_x=y")
                 self.assertEqual(change.updated, "true")
         self.assertEqual(self.counts("updateRecordings"), [0, len(ODD_NAMES), 0])
+
+    def test_metadata_that_is_called_recording_ends_no_recording(self):
+        item = (
+            "<recording><recordID>{0}</recordID><metadata><recording>{0}</recording><1>x</1>"
+            "</metadata><playback>{0}</playback></recording>"
+        )
+        items = [item.format("first"), item.format("second")]
+        text = f"{SUCCESS}<recordings>{''.join(items)}</recordings></response>"
+        self.fakes[0].faults["getRecordings"] = status(200, text, "text/xml")
+        recordings = self.get("getRecordings").xml.findall("recordings/recording")
+        told = [recording.findtext("playback") for recording in recordings]
+        self.assertEqual(sorted(filter(None, told)), ["first", "second"])
 
     def test_a_server_that_lists_recordings_only_in_pages_is_not_taken_for_an_empty_one(self):
         self.fakes[1].refuses_all_recordings = True
