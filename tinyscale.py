@@ -1027,6 +1027,23 @@ MAX_ASKING = 2000
 # A moment before all others.
 LONG_AGO = -NEVER
 
+
+class Route(NamedTuple):
+    """All properties of a call of BBB's API. ROUTES, at the end of Part II, has them."""
+
+    handle: Callable[[Directory, ApiCall], Answer]
+    # it changes nothing, so it may be sent twice
+    is_read: bool = False
+    # its failure may mean that the server is down, and its answer that it is not. Others say
+    # nothing of that: webhooks are another program, recordings are slow, old servers lack some
+    # calls, and a join is mostly not sent by us
+    tells_health: bool = False
+    # only BBB's XML is an answer to it: an error page of a proxy never reaches the caller
+    is_xml: bool = True
+    # it may take LONG_TIMEOUT
+    is_long: bool = False
+
+
 # ---- a server's state ----------------------------------------------------------------------------
 
 # What our own machine lacks is no outage of a server. EBUSY is what glibc's getaddrinfo leaves in
@@ -1165,7 +1182,6 @@ class Server(Connections):
         """Note what a usable answer to a call shows, which was sent at the time `asked`."""
         self.warned.pop(call.name, None)
         if not call.route.tells_health:
-            # nothing of BBB: webhooks are another program, and recordings take long
             return
         self.answered = max(self.answered, asked)
         if call.route.is_read:
@@ -2404,20 +2420,8 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 # ---- routes: the table ---------------------------------------------------------------------------
 
 
-class Route(NamedTuple):
-    """All properties of a call of BBB's API."""
-
-    handle: Callable[[Directory, ApiCall], Answer]
-    # it changes nothing, so it may be sent twice
-    is_read: bool = False
-    # its failure may mean that the server is down
-    tells_health: bool = False
-    # only BBB's XML is an answer to it: an error page of a proxy never reaches the caller
-    is_xml: bool = True
-    # it may take LONG_TIMEOUT
-    is_long: bool = False
-
-
+# What is not is_xml may be answered in JSON, or by a 404 that is passed on: by an old BBB that does
+# not know the call, or by one without webhooks.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
     "join": Route(join),
@@ -2813,7 +2817,9 @@ def read_text(name: str, path: str) -> str:
 def base_url(host: object) -> str:
     """A server's URL without /bigbluebutton and what follows; "" if it is no such URL.
 
-    bbb-conf prints it in several forms.
+    bbb-conf prints it in several forms. So "https://bbb1", "https://bbb1/bigbluebutton/" and
+    "https://bbb1/bigbluebutton/api" are the same; "HTTP://[::1]:80/a/b/bigbluebutton" becomes
+    "http://[::1]:80/a/b".
     """
     match = re.fullmatch(
         r"(?ai)(https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
@@ -2963,12 +2969,12 @@ def has_expired(pem: str) -> bool:
 
 
 def read_warnings(
-    given: Environment,
+    given: dict[str, str],
     secrets: Iterable[str],
     secret_files: Iterable[str],
     is_socket_unit: bool,
 ) -> Iterator[str]:
-    """What is not right, but no reason to refuse."""
+    """What is not right, but no reason to refuse. In `given` what is not set is empty."""
     for name in given:
         if name.startswith("TINYSCALE_") and name not in VARIABLES:
             yield f"{name} is no setting of tinyscale. Known are {', '.join(VARIABLES)}."
