@@ -5641,7 +5641,7 @@ class OutageTest(ClusterTest):
     def test_who_refuses_a_connection_is_asked_again_after_a_second_not_after_ten(self):
         self.fakes[0].put("room")
         self.survey()
-        limits = {"SURVEY_INTERVAL": 600, "FIRST_RETRY": 0.01}
+        limits = {"SURVEY_INTERVAL": 600, "FIRST_RETRY": 0.01, "RETRY_INTERVAL": 600}
         with mock.patch.multiple(tinyscale, **limits), self.watched(self.directory.servers[0]):
             self.assertTrue(until(lambda: self.fakes[0].count("getMeetings")))
             # it refuses one connection, and is well again
@@ -5654,7 +5654,7 @@ class OutageTest(ClusterTest):
 
     def test_a_server_that_stays_down_is_asked_again_and_again(self):
         self.fakes[0].faults["getMeetings"] = status(502)
-        limits = {"SURVEY_INTERVAL": 0.01, "FIRST_RETRY": 0.01}
+        limits = {"SURVEY_INTERVAL": 600, "FIRST_RETRY": 0.01, "RETRY_INTERVAL": 0.01}
         with mock.patch.multiple(tinyscale, **limits), self.watched(self.directory.servers[0]):
             self.assertTrue(until(lambda: self.fakes[0].count("getMeetings") > 3))
             self.assertEqual(self.states(), ["down", "up", "up"])
@@ -9892,7 +9892,7 @@ class DocumentationTest(unittest.TestCase):
             f"A stranger has {t.HEAD_TIMEOUT} s for a whole request",
             f"asks each server every {t.SURVEY_INTERVAL} seconds",
             f"again after {'a second' if t.FIRST_RETRY == 1 else t.FIRST_RETRY}, then every",
-            f"then every {t.SURVEY_INTERVAL} seconds",
+            f"then every {t.RETRY_INTERVAL} seconds",
             f"takes more than {t.SLOW} s for an answer",
             f"refreshes itself every {t.SURVEY_INTERVAL} seconds",
             f"It takes {t.PROBE_TIMEOUT} s at most",

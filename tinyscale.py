@@ -384,9 +384,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # the file that http.client made on the socket. Drops is read in its place, but it must stay
-        # open: http.client closes the connection when the server wants it to end, and the socket
-        # closes with the last file that was made on it, of which Drops is none. So we keep it
+        # http.client's own file, in whose place Drops is read. It keeps the socket open: if the
+        # server wants the connection to end, http.client closes it before the body has been read,
+        # and the socket closes with its own last file, of which Drops is none. Python closes a file
+        # that nobody keeps
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -394,8 +395,8 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # our machine may have been paused between two reads: so reading goes on for LATE, but
-            # only once. (A server that is silent ends a read by itself, with the same error)
+            # the read before this one ended in time, for settimeout, below, ends one that does not.
+            # But our machine may have been paused since: so reading goes on for LATE, but only once
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -535,8 +536,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except BaseException:
             connection.close()
             raise
-        # no socket: the server wants it to end. After a status of 1xx more is to come. And a
-        # connection holds its last request, by timed_response: a large body would stay in memory
+        # not kept: if it has no socket, as the server wants it to end; after a status of 1xx, as
+        # more is to come; and after a call with a body, as response_class holds its request
         is_over = connection.sock is None or answer.status < 200 or request.data
         if is_over or len(self.kept) >= MAX_KEPT:
             connection.close()
@@ -586,11 +587,12 @@ REQUEST = re.compile(
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
 #
-# No call but join may begin with a j. For a checksum covers a name and a query with nothing
-# between: that of a guest's join link is right for joi?nmeetingID=... and joinm?eetingID=..., too.
-# Such calls do not exist, but they could have a body; and who has a right checksum may be slow
-# (Handler.read_call). So guests could fill all connections. Of a real join no body is read. (We
-# trust that a guest gets no other signed URL. Who has one can do the same with it.)
+# No call but join may begin with a j. A guest could move the "?" in a join link: a checksum covers
+# a name and a query with nothing between, so it is right for joi?nmeetingID=... and
+# joinm?eetingID=..., too. Such calls do not exist. But they could have a body, which may come
+# slowly as the checksum is right (Handler.read_call), and so guests could fill all connections. Of
+# a real join no body is read. (We trust that a guest gets no other signed URL. Who has one can do
+# that.)
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
 # A moment that never comes.
 NEVER = float("inf")
@@ -657,18 +659,20 @@ class Handler:
         self.sock = sock
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting: first for its head and a form; then, from
-        # read_call on, NEVER: its checksum was right, be it that of a guest's join, so we read its
-        # slides and work for it, and close_slowest spares it; from respond on, to take its answer,
-        # and anew with each piece; last, to stop sending what nobody reads
+        # since when the client keeps us waiting:
+        # - first for its head, and a form
+        # - NEVER from read_call on: its checksum was right, be it that of a guest's join. We read
+        #   its slides, and work for it; close_slowest spares it
+        # - from respond on, to take its answer, and anew with each piece
+        # - last, while linger drops what it still sends
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
         # what of the head, or behind it, has been received; read_body leaves it as it is
         self.buffer = b""
-        # the length of the body that this connection reads, or has read, until it is closed:
-        # read_body adds up those of all. If it is less than head.length, the body was refused, and
-        # is still to come: see respond
+        # the length of the body that this connection reads, or has read: read_body adds up those of
+        # all. 0 if there is none, or if we do not want it: because it was refused, or the call is a
+        # join. Then it may still come, see respond
         self.reserved = 0
 
     def serve(self) -> None:
@@ -718,10 +722,10 @@ class Handler:
         Raises OSError at the end, and socket.timeout.
         """
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # the deadline ends it only if something of the head is there already. Else we look once
-        # more, for 1 ms: if our machine was paused, the head may have come meanwhile. (Of a form
-        # whose head came alone nothing is in the buffer, either. So who sends a byte of it each
-        # millisecond has a minute for its 64 KiB, instead of 10 s: that is accepted.)
+        # after the deadline: if something is in the buffer, it ends now. If not, one read of 1 ms
+        # decides: if our machine was paused, the head may have come meanwhile. (The buffer is empty
+        # also while a form comes whose head came alone. So who sends a byte of it each millisecond
+        # has a minute for its 64 KiB, instead of 10 s: that is accepted.)
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -845,10 +849,8 @@ class Handler:
         # first noted, then counted: of two that come at once none is overlooked. Forms are small:
         # they do not count, nor are they refused
         self.reserved = size
-        others = [
-            other for other in list(self.balancer.handlers) if other.call.content_type != FORM
-        ]
-        if self in others and sum(other.reserved for other in others) > MAX_BODIES:
+        counted = [each for each in list(self.balancer.handlers) if each.call.content_type != FORM]
+        if self in counted and sum(each.reserved for each in counted) > MAX_BODIES:
             self.reserved = 0
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
@@ -1004,9 +1006,12 @@ LONG_TIMEOUT = 60
 MAX_WAITING = 200
 # For the answer to a question that is put to several servers at once.
 PROBE_TIMEOUT = 3
-# Between two surveys of a server, and before the first one after it went down.
+# Between two surveys of a server.
 SURVEY_INTERVAL = 10
+# The same when it has just gone down, and while it is down: if it comes back within 20 s, that must
+# be seen before HOLD is over.
 FIRST_RETRY = 1
+RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail.
 MEETING_TTL = 30
 # How long "no server has this meeting" is believed: people poll for meetings to begin.
@@ -1054,10 +1059,11 @@ OUR_TROUBLE = (
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# What a proxy answers if no BBB works behind it. (The 404 of an old BBB to a call that it does not
-# know is passed on before that: such calls are not is_xml in ROUTES.) After 504 BBB may still have
-# carried out the call, so no other server gets it. After the others one may. For if BBB broke off
-# while it carried out the call (502), it is restarted, and has lost its meetings.
+# What a proxy answers if no BBB works behind it. Another server may get the call then; but not
+# after 504, as BBB may have carried it out. (It may have, too, if it breaks off in the middle of a
+# create, which is a 502. That is accepted: mostly it is being restarted, and loses its meetings; if
+# not, there is a twin, which is warned of. A 404 is passed on for calls that an old BBB may not
+# know, which are not is_xml in ROUTES.)
 GONE = (404, 502, 503, 504)
 
 
@@ -1094,10 +1100,10 @@ class Server(Connections):
         self.warned: dict[str, str] = {}
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # both are times at which a call was SENT, of those that tell its health (see Route): of the
-        # newest one that got a usable answer, and of the newest one that got any answer, be it an
-        # error page
+        # when the newest call was SENT that got a usable answer. Only calls count that tell its
+        # health, see Route
         self.answered = 0.0
+        # the same, of any answer, be it an error page
         self.reacted = 0.0
         # how many seconds its last answer took
         self.took = 0.0
@@ -1110,8 +1116,8 @@ class Server(Connections):
         # its first survey has ended, be it in vain: until then it may have meetings that we do not
         # know
         self.first_survey_ended = False
-        # a survey has shown once that it is up. For Directory.note_shown_up: another call may have
-        # marked a new server up before that
+        # a survey has shown once that it is up. If another call marks a new server up before that,
+        # Directory.note_shown_up must still see that it has come up
         self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1338,8 +1344,8 @@ class Claim:
         """As a Meeting's: how new our knowledge is.
 
         While a create is on its way it is newer than any: no server need be asked for the meeting.
-        Otherwise it is older than any: they must be asked. So who looks at a home's age need not
-        know which of the two it is.
+        Otherwise it is older than any: they must be asked. So what Directory.home gives, a Meeting
+        or a Claim, is asked for its age alike.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1378,8 +1384,8 @@ class Directory:
         # the probes that run, by meetingID; their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # lists for clients are parsed and merged one at a time, of each kind: of a long one each
-        # step holds up all other threads, and a hundred at once would let no join through
+        # lists for clients are parsed and merged one at a time, of each kind: to parse a long one
+        # holds Python's lock for long, and a hundred at once would let no join through
         self.merging = {name: threading.Lock() for name in LISTS}
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
@@ -1509,7 +1515,7 @@ class Directory:
     def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
-            # itself, too: only a server that comes up can be the first
+            # the server itself counts: if it was up already, nobody has come back
             was_any_up = any(each.is_up and each.is_shown_up for each in self.servers)
             server.note_up(asked)
             server.is_shown_up = True
@@ -1589,9 +1595,9 @@ class Directory:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
             if home.server.entry.cordoned and home.asked < asked:
-                # with a yes `home` would be newer, and with a no it would not be there. If it is
-                # not cordoned a server gets the create all the same. But this one might begin anew
-                # what has ended
+                # it is silent: with a yes `home` would be newer, and with a no it would not be
+                # there. A server that is not cordoned would get the create all the same. This one
+                # must not, as it would begin anew what may have ended
                 raise Unavailable(f"{home.server} (cordoned, and silent)")
             return self.add_claim(meeting_id, home.server, home.why, tried)
 
@@ -1607,7 +1613,7 @@ class Directory:
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # another server's claim has no home any more: that server is lost
+        # the claim of a server that is lost, or `home` would have returned it, is replaced
         if not claim or claim.server is not server:
             claim = Claim(server)
         claim.sending += 1
@@ -1625,6 +1631,7 @@ class Directory:
         unless another create is on its way, or an earlier one may have been carried out.
         """
         with self.lock:
+            # it is there: nothing takes away a claim with a create on its way
             claim = self.claims[meeting_id]
             claim.sending -= 1
             if info:
@@ -1758,8 +1765,8 @@ class Directory:
                 self.forget(server, meeting_id, asked)
             # else it is another meeting: BBB takes the beginning of an internal ID, too, and looks
             # for that first. So it is neither a yes nor a no
-        # answers come in any order: a yes did not count beside another server's claim, or newer
-        # meeting; but that server may have said no after it. So they are told once more
+        # answers come in any order. If A says yes while B has a claim, or a newer meeting, that
+        # does not count; but if B says no after that, it must. So each yes is told once more
         for server, info in told:
             self.remember(server, info, asked)
 
@@ -1863,7 +1870,10 @@ def watch(directory: Directory, server: Server) -> None:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
         server.first_survey_ended = True
-        if server.wake.wait(SURVEY_INTERVAL):
+        seconds = SURVEY_INTERVAL
+        if server.is_down:
+            seconds = RETRY_INTERVAL
+        if server.wake.wait(seconds):
             # it went down just now
             time.sleep(FIRST_RETRY)
 
@@ -1904,9 +1914,9 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # BBB makes names of elements of typed names. So what looks like the begin of a section, or of
-    # an instruction, is left of a typed name. A parser could take all that follows for a part of
-    # it, ends of elements too: the text must be mended.
+    # BBB makes names of elements of typed names. So what still looks like the begin of a section,
+    # or of an instruction, is a piece of a typed name. A parser could take all that follows for a
+    # part of it, ends of elements too: the text must be mended.
     # What looks like a comment can hide nothing. The typed name !--x makes <!--x>...</!--x>, and
     # "--" within a comment is an error to every parser. The typed name !-- makes <!-->...</!-->,
     # which is a whole comment
@@ -1954,9 +1964,9 @@ def mend(text: str) -> ET.Element:
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
-                # nothing is nested in custom data, nor in what is no item of a list
-                is_leaf = is_custom or element.tag != ITEM_OF.get(parent.tag, element.tag)
-                if not is_leaf and not tag.endswith("/>"):
+                # nothing is nested in custom data; nor, in a list, in what is no item of it
+                is_stray = parent.tag in ITEM_OF and ITEM_OF[parent.tag] != element.tag
+                if not is_custom and not is_stray and not tag.endswith("/>"):
                     opened.append(element)
     return root
 
@@ -2081,8 +2091,8 @@ def success(inner: str) -> Answer:
 def create(directory: Directory, call: ApiCall) -> Answer:
     """To the server that has the meeting, or may have it; a new meeting is placed.
 
-    If the chosen server cannot be reached, it goes to the next one. (Of several creates of one
-    meeting at the same moment only the last one does: the others fail, as that may have it.)
+    If the chosen server cannot be reached, it goes to the next one; but while another create of
+    that meeting is still on its way to the chosen server, it fails.
 
     Raises Unavailable if a server may have carried it out without telling: then it is not tried
     elsewhere.
@@ -2148,7 +2158,8 @@ def join(directory: Directory, call: ApiCall) -> Answer:
             lost = directory.claims.get(meeting_id) or directory.meetings.get(meeting_id)
             is_listed = lost and lost.server in directory.servers
             if lost and is_listed and lost.server.is_down and call.wants_html:
-                # the pupil waits on the retry page for the room, instead of "no such meeting"
+                # the pupil waits on the retry page, until the room begins elsewhere, or the server
+                # comes back. A program gets BBB's "no such meeting", so that it can create the room
                 raise Unavailable(f"{lost.server} (down for long)")
             server = directory.any_up()
     except Unavailable as error:
@@ -2163,8 +2174,8 @@ def join(directory: Directory, call: ApiCall) -> Answer:
 def relay(directory: Directory, call: ApiCall) -> Answer:
     """To the meeting's server.
 
-    A denial is passed on only if that server, asked once more, has the meeting; or when the others
-    were asked, too.
+    If that denies it, it is asked whether it has the meeting; and if it has not, so are the others,
+    before the denial is passed on.
     """
     if not call.meeting_id:
         return relay_anywhere(directory, call)
@@ -2993,7 +3004,10 @@ def read_warnings(
 
 
 def stamp(file: str | int) -> str:
-    """What changes when a file, its name or its mode is changed; "" if there is none."""
+    """What changes when a file, its name or its mode is changed; "" if there is none.
+
+    It begins with device:inode and a blank.
+    """
     try:
         stat = os.stat(file)
     except OSError:
