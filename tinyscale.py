@@ -300,9 +300,10 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """A call failed, and the server MAY have carried it out: never try another one.
+    """A call failed, and no other server may get it.
 
-    NotCarriedOut, a kind of it, is for when it has not.
+    For the server MAY have carried it out; or the call is for a meeting that is held for a server.
+    NotCarriedOut, a kind of it, is the other case.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -325,13 +326,13 @@ class ApiCall:
     name: str
     # raw, without its checksum: it goes on byte for byte
     query: str = ""
-    # decoded, with the checksum: so a call that was verified has some. Empty until then, and for a
-    # call of our own
+    # decoded, with the checksum: so those of a call that was verified are never empty, and is_busy
+    # relies on that. Empty until then, and for a call of our own
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; makes the call a POST
     body: bytes = b""
-    # of the body; or FORM, without a body, if the query came as a form: sign_again may send it as
-    # one
+    # of the body. But FORM means that the query came as a form, and there is no body: sign_again
+    # may send the query as a form again
     content_type: str = ""
     # a person in a browser waits for the answer
     wants_html: bool = False
@@ -832,8 +833,8 @@ class Handler:
             raise ApiError(
                 "checksumError", "Parameters must be in the URL or in the body, not in both"
             )
-        # the bare type, as BBB wants it; and so no server takes XML that came as a form for
-        # parameters
+        # the bare type, as BBB wants it. XML that was labelled as a form gets it, too, lest a
+        # server read parameters in it
         call.content_type = "application/xml"
         if media_type == "multipart/form-data":
             call.content_type = self.head.fields["content-type"]
@@ -962,8 +963,8 @@ class Balancer(http.server.ThreadingHTTPServer):
 
         So nobody else gets in if all connections are such calls: if a thousand calls, be they all
         the same join of one guest, wait for servers at once; or if somebody who got hold of a
-        signed URL sends a thousand slow bodies. (Three that say that they are large leave no room
-        for other bodies.) nginx before us, which passes on a body only when it is whole, prevents
+        signed URL sends a thousand slow bodies. (Three whose lengths add up to MAX_BODIES leave no
+        room for others.) nginx before us, which passes on a body only when it is whole, prevents
         the second.
 
         In any case, wait a moment for a thread to end.
@@ -1116,8 +1117,8 @@ class Server(Connections):
         # its first survey has ended, be it in vain: until then it may have meetings that we do not
         # know
         self.first_survey_ended = False
-        # a survey has shown once that it is up. If another call marks a new server up before that,
-        # Directory.note_shown_up must still see that it has come up
+        # a survey has been noted that shows that it is up. An unknown server is marked up before
+        # that, by note_answer, and Directory.note_shown_up must still see that it has come up
         self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
@@ -1176,9 +1177,9 @@ class Server(Connections):
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
-            # a create, see sign_again: the first time it may have been carried out. That the
-            # connection closed is no outage, and no reason for doubt. This must come before
-            # `judge`, which would say of a 502 that the create was not carried out
+            # a create, see sign_again: the first time it may have been carried out, by a server
+            # that is well. That the connection closed is no outage, and no reason for doubt. This
+            # must come before `judge`, which may let another server have the create
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.note_answer(call, asked, answer)
@@ -1228,8 +1229,8 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # any error page is an outage, as it has no query. Only a client's may have one, and
-            # then that may be what is wrong: our next survey tells
+            # of our own, which has no query, any error page is an outage, be it a 500. Of a
+            # client's with a query none is, be it a 502, as the query may be what is wrong
             is_outage = not call.query
         error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1249,8 +1250,8 @@ class Server(Connections):
         """
         # a call that is too long for a URL, or has a body, may be refused by a server that is well
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # a create that fails makes us doubt the server, until two surveys were good. (Not if our
-        # own machine lacked something to connect: that is NotCarriedOut, and no outage)
+        # a create that fails makes us doubt the server, until two surveys were good. (But not if it
+        # was NotCarriedOut and no outage, as when our own machine could not connect)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1333,7 +1334,7 @@ class Claim:
     """
 
     server: Server
-    # creates that are on their way
+    # creates that are on their way: while there are any, the claim is not ended or replaced
     sending: int = 0
     # when we last gave up waiting for one: the server may have carried it out
     gave_up: float = LONG_AGO
@@ -1412,7 +1413,9 @@ class Directory:
     def remember(self, server: Server, info: MeetingInfo, asked: float) -> None:
         """Note that the server, asked at that time, has the meeting.
 
-        What is older than what we know is no news.
+        What is older than what we know is no news. Of another server's home it is no news either if
+        that is a claim, or a meeting that was created later. What is left takes the place of what
+        we know.
         """
         with self.lock:
             # what was told last, be it of a server that is lost by now; `home`, below, is what ties
@@ -1468,7 +1471,8 @@ class Directory:
     ) -> None:
         """Note what the server, asked at that time, lists.
 
-        If the list is whole, it has no other meeting. If not, it only tells what to ask for.
+        If the list is whole, it has no other meeting. If not, it only tells what to ask for: known
+        meetings are neither confirmed nor forgotten, and so are asked for when they are old.
         """
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
@@ -1595,9 +1599,9 @@ class Directory:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
             if home.server.entry.cordoned and home.asked < asked:
-                # it is silent: with a yes `home` would be newer, and with a no it would not be
-                # there. A server that is not cordoned would get the create all the same. This one
-                # must not, as it would begin anew what may have ended
+                # it did not answer: a yes would have made `home` newer, a no would have ended it. A
+                # server that is not cordoned would get the create all the same. This one must not,
+                # as it would begin anew what may have ended
                 raise Unavailable(f"{home.server} (cordoned, and silent)")
             return self.add_claim(meeting_id, home.server, home.why, tried)
 
@@ -1631,7 +1635,6 @@ class Directory:
         unless another create is on its way, or an earlier one may have been carried out.
         """
         with self.lock:
-            # it is there: nothing takes away a claim with a create on its way
             claim = self.claims[meeting_id]
             claim.sending -= 1
             if info:
@@ -1639,12 +1642,13 @@ class Directory:
             if may_have:
                 claim.gave_up = self.clock()
             elif not claim.sending and claim.gave_up == LONG_AGO:
+                # `remember` may have ended it already
                 self.claims.pop(meeting_id, None)
 
     # -- where a new meeting goes
 
     def any_up(self) -> Server:
-        """A server for a call about nothing that we know. Raises Unavailable if none is up."""
+        """A server for a join of a meeting that is nowhere. Raises Unavailable if none is up."""
         for server in self.servers:
             if server.is_up:
                 return server
@@ -1820,7 +1824,7 @@ class Directory:
             home = self.home(meeting_id)
             if home is None:
                 # one answer is enough: if we knew the meeting on a silent server, that would be its
-                # home
+                # home; and `probe` has waited until each has told once what it has
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # not believed for long if servers are slow, as it counts from the question
@@ -1837,6 +1841,7 @@ def survey(directory: Directory, server: Server) -> None:
 
     Raises Unavailable.
     """
+    was_up = server.is_up
     asked = directory.clock()
     answer = server.call_unlimited(ApiCall("getMeetings"))
     root, is_whole = parse(answer)
@@ -1846,7 +1851,6 @@ def survey(directory: Directory, server: Server) -> None:
         # for old news
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
-    was_up = server.is_up
     if root.find("meetings") is None:
         # it is up, but what it told is cut short, or too much: that says nothing of its meetings
         directory.note_shown_up(server, asked)
@@ -1949,9 +1953,9 @@ def mend(text: str) -> ET.Element:
         is_custom = parent.tag in CUSTOM
         if tag.startswith("</"):
             name = tag[2:-1]
-            # in custom data two ends count, the others are typed names: its own; and that of the
-            # meeting or recording, lest a typed name hide the next one. But if the last child has
-            # that name, it is the end of that
+            # in custom data two ends count: its own; and that of the meeting or recording, lest a
+            # typed name hide the next one. All others are of typed names, and so is this one if it
+            # is that of the last child
             is_childs = len(parent) > 0 and parent[-1].tag == name
             is_typed = is_custom and (is_childs or name not in ITEM_OF.values())
             ending = [parent] if is_typed else opened[1:]
@@ -2241,7 +2245,7 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
         if server in heard and heard[server].returncode != "FAILED":
             answers[server] = heard[server]
     call.note = f"{len(answers)} of {len(every)} servers"
-    # all refuse. There is a first one: no list of servers is empty
+    # all servers answered, and refuse. There is a first one: read_servers takes no empty list
     if not answers and len(heard) == len(every):
         raise ApiError("failed", "", note=call.note, page=heard[servers[0]])
     missing = [str(server) for server in every if server not in answers]
@@ -2289,7 +2293,7 @@ PAGINATION = (
 
 
 def record_ids(call: ApiCall) -> set[str]:
-    """The recordings that a call means. BBB decodes them a second time."""
+    """The recordings that a call means. BBB decodes them a second time; no ID has a % or +."""
     texts = unquote_plus(call.params.get("recordID", "")).split(",")
     return {text.strip() for text in texts} - {""}
 
@@ -2919,11 +2923,11 @@ def read_entry(where: str, item: Any) -> Entry:
         # what is long could be a secret in the wrong place
         key = f"{where}: {json.dumps(name if len(name) < 20 else '...')}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
-        is_right, rule, harmless = ENTRY_RULES[name]
+        is_right, rule, may_show = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
         # a secret may stand behind a host
         found = re.sub("[A-Za-z0-9]{20,}", "...", json.dumps(item[name]))
-        if re.fullmatch(harmless, found):
+        if re.fullmatch(may_show, found):
             rule += f", not {found:.99}"
         require(is_right(item[name]), f"{key} {rule}.")
     checked = {**item, "host": host, "secret": item["secret"].strip()}
@@ -3218,15 +3222,17 @@ def reload(balancer: Balancer, environment: Environment, is_forced: bool) -> Non
     All of them count, or, if there is a mistake, none.
     """
     stamps = {path: stamp(path) for path in balancer.settings.stamps}
-    if stamps == balancer.settings.stamps and not is_forced:
+    is_new = is_forced or stamps != balancer.settings.stamps
+    # what could not be read may pass by itself
+    if not is_new and not balancer.mistake:
         return
     try:
         settings = read_settings(environment)
     except SettingsError as error:
-        # the next look tells no mistake a second time
         balancer.settings = replace(balancer.settings, stamps=stamps)
+        if is_new or str(error) != balancer.mistake:
+            log.error(f"{error} The settings stay as they were; a restart would fail.")
         balancer.mistake = str(error)
-        log.error(f"{error} The settings stay as they were; a restart would fail.")
         return
     apply(balancer, settings)
     files = ", ".join(settings.stamps)
