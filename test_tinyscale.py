@@ -5856,6 +5856,10 @@ class OutageTest(ClusterTest):
     def test_at_the_start_a_call_about_no_meeting_goes_to_an_unknown_server(self):
         self.start_unknown()
         self.assertEqual(self.get("deleteRecordings").messageKey, "missingParamRecordID")
+        # but rather to one that is up
+        self.survey_one(2)
+        self.get("newCall")
+        self.assertEqual(self.counts("newCall"), [0, 0, 1])
 
     def test_no_call_waits_for_more_than_one_silent_server(self):
         with mock.patch.multiple(tinyscale, ABSENCE_TTL=600):
@@ -6506,7 +6510,7 @@ class ListsTest(ClusterTest):
     def test_items_keep_their_elements_when_they_are_written_again(self):
         names = [
             "<![CDATA[<meeting> & \u00e4]]>",
-            "a&#x26;b<!-- <meeting> -->",
+            "a&#x26;b",
             "plain\x08",
         ]
         items = [
@@ -6568,11 +6572,37 @@ class ListsTest(ClusterTest):
         self.fakes[1].put(
             "room"
         ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
-        for _ in range(2):
+        nested = "</a></customdata></attendee></attendees></meeting>"
+        hidden = f"a></a>{nested}{false}<meeting><attendees><attendee><customdata><!--"
+        for name in (name, hidden):
+            data = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+            self.fakes[1].meetings["room"].custom = data
             self.survey()
-            self.assertIn("victim", self.directory.servers[1].listed)
             self.assertIs(self.directory.find("victim")[0], self.directory.servers[0])
             self.assertIs(self.directory.find("room")[0], self.directory.servers[1])
+
+    def test_elements_within_those_that_people_named_are_not_believed(self):
+        root, is_whole = tinyscale.parse(
+            tinyscale.Answer(
+                200, (SUCCESS + "<customdata><a><b/></a></customdata></response>").encode()
+            )
+        )
+        self.assertFalse(is_whole)
+        self.assertEqual(root.findtext("returncode"), "SUCCESS")
+
+    def test_an_odd_name_in_one_room_costs_the_others_no_call(self):
+        self.fakes[0].put("calm")
+        data = f"<attendee><customdata>{custom('1')}</customdata></attendee>"
+        self.survey()
+        self.fakes[0].put("odd").custom = data
+        for _ in range(4):
+            self.clock.ahead += 10
+            self.survey()
+        self.get("join", "meetingID=calm&fullName=X")
+        self.assertEqual(self.counts("getMeetingInfo"), [0, 0, 0])
+        # what the list alone told is asked for
+        self.get("join", "meetingID=odd&fullName=X")
+        self.assertEqual(self.counts("getMeetingInfo"), [1, 1, 1])
 
     def test_what_a_broken_list_alone_tells_is_asked_for(self):
         """As after a restart, when the lists come in any order."""
@@ -9681,8 +9711,8 @@ class DocumentationTest(unittest.TestCase):
             "conditional expressions and comprehensions in 100 statements": 6,
         }
         of_the_whole = {
-            "statements": 1685,
-            "tokens": 16850,
+            "statements": 1690,
+            "tokens": 16900,
             "tokens a statement": 10,
             "conditional expressions and comprehensions in 100 statements": 6,
         }

@@ -1471,18 +1471,22 @@ class Directory:
     ) -> None:
         """Note what the server, asked at that time, lists.
 
-        If the list is whole, it has no other meeting. If not, it only tells what to ask for: known
-        meetings are neither confirmed nor forgotten, and so are asked for when they are old.
+        If the list is whole, it has no other meeting. If not, it confirms what we know, and tells
+        what to ask for.
         """
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
             for info in infos:
+                home = self.home(info.meeting_id)
                 if is_whole:
                     self.remember(server, info, asked)
-                elif self.home(info.meeting_id) is None:
+                elif home is None:
                     # a name that somebody typed can put what looks like a meeting into such a list,
                     # see `mend`. So it is only a hint, so old that the servers are asked
                     self.remember(server, MeetingInfo(info.meeting_id), LONG_AGO)
+                elif isinstance(home, Meeting) and home.server is server and home.asked > LONG_AGO:
+                    # what we know better is confirmed
+                    self.remember(server, home.info, asked)
             if is_whole:
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
@@ -1902,7 +1906,9 @@ CUSTOM = ("customdata", "metadata")
 ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
 MAX_DEPTH = 30
-TOO_DEEP = "/".join("*" * MAX_DEPTH)
+# What no answer of BBB has, but a typed name can make: an element so deep; or one within custom
+# data that has children.
+ODD_PATHS = ("/".join("*" * MAX_DEPTH), ".//customdata/*/*", ".//metadata/*/*")
 # No real list has so many tags. An answer of 32 MiB of tiny elements would need gigabytes when it
 # is parsed.
 MAX_TAGS = 2_000_000
@@ -1918,16 +1924,14 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # BBB makes names of elements of typed names. So what still looks like the begin of a section,
-    # or of an instruction, is a piece of a typed name. A parser could take all that follows for a
-    # part of it, ends of elements too: the text must be mended.
-    # What looks like a comment can hide nothing. The typed name !--x makes <!--x>...</!--x>, and
-    # "--" within a comment is an error to every parser. The typed name !-- makes <!-->...</!-->,
-    # which is a whole comment
-    if "<![CDATA[" not in text and "<?" not in text:
+    # BBB makes names of elements of typed names, and writes no comment or instruction. So what
+    # still looks like the begin of a section, a comment or an instruction is a piece of a typed
+    # name. A parser could take all that follows for a part of it, ends of elements too: the text
+    # must be mended
+    if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
-            if root.find(TOO_DEEP) is None:
+            if all(root.find(path) is None for path in ODD_PATHS):
                 return root, True
     if not text.rstrip().endswith("</response>"):
         # it was cut short
@@ -2209,14 +2213,16 @@ def is_denial(call: ApiCall, answer: Answer) -> bool:
 
 
 def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Answer:
-    """A call about no meeting that we know: to the first server not down, for BBB's own answer.
+    """A call about no meeting that we know: to the first server that is up, for BBB's own answer.
 
     If that cannot be reached, to the next one; but no more once CONNECT_TIMEOUT is over, so that no
     caller waits for two silent servers.
     """
     deadline = directory.clock() + CONNECT_TIMEOUT
     note = "no server is up"
-    for server in directory.servers:
+    # unknown ones last: they may be silent
+    servers = sorted(directory.servers, key=lambda server: not server.is_up)
+    for server in servers:
         if not server.is_down and directory.clock() <= deadline:
             try:
                 return server.call(call, why)
@@ -2798,7 +2804,7 @@ def shown(value: str) -> str:
 
     Otherwise it could be a secret, or a whole file, in the wrong place: it is hidden.
     """
-    is_plain = re.fullmatch(r"/[\w./~-]*|[\w./:~-]*[.:][\w./:~-]*", value)
+    is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
     return value if len(value) < 20 or is_plain else "..."
 
 
