@@ -6572,8 +6572,11 @@ class ListsTest(ClusterTest):
         self.fakes[1].put(
             "room"
         ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
-        nested = "</a></customdata></attendee></attendees></meeting>"
-        hidden = f"a></a>{nested}{false}<meeting><attendees><attendee><customdata><!--"
+        # BBB's own end of this name becomes a comment, and the rest is well-formed
+        hidden = (
+            f"a></a></customdata></attendee></attendees></meeting>{false}</meeting>"
+            "<meeting><attendees><attendee><customdata><!--"
+        )
         for name in (name, hidden):
             data = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
             self.fakes[1].meetings["room"].custom = data
