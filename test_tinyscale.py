@@ -3662,7 +3662,7 @@ class PlacementTest(ClusterTest):
     def test_what_has_ended_counts_no_more_also_while_the_list_must_be_mended(self):
         self.fill([30, 30], [20], [25])
         odd = self.fakes[0].meetings["bbb1's 0"]
-        odd.custom = f"<attendee><customdata>{custom('1')}</customdata></attendee>"
+        odd.custom = attendee("1")
         del self.fakes[0].meetings["bbb1's 1"]
         odd.people = 1
         self.survey()
@@ -6395,6 +6395,11 @@ def custom(name):
     return f"<{name}>value</{name}>"
 
 
+def attendee(name):
+    """What BBB writes of somebody with custom data of this name."""
+    return f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+
+
 def with_text(old, new):
     """A fault: the proper answer, but for this text in it."""
 
@@ -6544,7 +6549,7 @@ class ListsTest(ClusterTest):
         self.assertEqual(len(expected), 9)
         for name in ODD_NAMES:
             with self.subTest(name):
-                data = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+                data = attendee(name)
                 for fake in self.fakes:
                     fake.meetings["odd room at " + fake.name].custom = data
                     metadata = f"<metadata>{custom(name)}</metadata>"
@@ -6564,22 +6569,21 @@ class ListsTest(ClusterTest):
                 self.assertIs(self.directory.find(expected[3])[0], self.directory.servers[0])
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [3] * 3)
 
+    # what looks like another meeting, and a name that puts it into the list
+    FALSE = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"
+    THIEF = f"a/></customdata></attendee></attendees></meeting>{FALSE}<customdata><a"
+
     def test_no_name_that_people_type_draws_a_meeting_that_runs_to_another_server(self):
         self.fakes[0].put("victim")
+        room = self.fakes[1].put("room")
         self.survey()
-        false = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"
-        name = f"a/></customdata></attendee></attendees></meeting>{false}<customdata><a"
-        self.fakes[1].put(
-            "room"
-        ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
         # BBB's own end of this name becomes a comment, and the rest is well-formed
         hidden = (
-            f"a></a></customdata></attendee></attendees></meeting>{false}</meeting>"
+            f"a></a></customdata></attendee></attendees></meeting>{self.FALSE}</meeting>"
             "<meeting><attendees><attendee><customdata><!--"
         )
-        for name in (name, hidden):
-            data = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
-            self.fakes[1].meetings["room"].custom = data
+        for name in (self.THIEF, hidden):
+            room.custom = attendee(name)
             self.survey()
             self.assertIs(self.directory.find("victim")[0], self.directory.servers[0])
             self.assertIs(self.directory.find("room")[0], self.directory.servers[1])
@@ -6595,9 +6599,8 @@ class ListsTest(ClusterTest):
 
     def test_an_odd_name_in_one_room_costs_the_others_no_call(self):
         self.fakes[0].put("calm")
-        data = f"<attendee><customdata>{custom('1')}</customdata></attendee>"
         self.survey()
-        self.fakes[0].put("odd").custom = data
+        self.fakes[0].put("odd").custom = attendee("1")
         for _ in range(4):
             self.clock.ahead += 10
             self.survey()
@@ -6609,12 +6612,8 @@ class ListsTest(ClusterTest):
 
     def test_what_a_broken_list_alone_tells_is_asked_for(self):
         """As after a restart, when the lists come in any order."""
-        false = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"
         self.fakes[0].put("victim")
-        name = f"a/></customdata></attendee></attendees></meeting>{false}<customdata><a"
-        self.fakes[1].put(
-            "room"
-        ).custom = f"<attendee><customdata>{custom(name)}</customdata></attendee>"
+        self.fakes[1].put("room").custom = attendee(self.THIEF)
         for is_asked_first in (True, False):
             with self.subTest(is_asked_first=is_asked_first), mock.patch.object(self, "survey"):
                 self.start()

@@ -1476,24 +1476,30 @@ class Directory:
         """
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
-            for info in infos:
-                home = self.home(info.meeting_id)
-                if is_whole:
-                    self.remember(server, info, asked)
-                elif home is None:
-                    # a name that somebody typed can put what looks like a meeting into such a list,
-                    # see `mend`. So it is only a hint, so old that the servers are asked
-                    self.remember(server, MeetingInfo(info.meeting_id), LONG_AGO)
-                elif isinstance(home, Meeting) and home.server is server and home.asked > LONG_AGO:
-                    # what we know better is confirmed
-                    self.remember(server, home.info, asked)
             if is_whole:
+                for info in infos:
+                    self.remember(server, info, asked)
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
                 ties = [*self.meetings.items(), *self.claims.items()]
                 for key, tie in ties:
                     if tie.server is server and key not in told:
                         self.forget(server, key, asked)
+            else:
+                # a name that somebody typed can put what looks like a meeting into such a list, see
+                # `mend`
+                for meeting_id in listed:
+                    home = self.home(meeting_id)
+                    if home is None:
+                        # a hint, so old that the servers are asked
+                        self.remember(server, MeetingInfo(meeting_id), LONG_AGO)
+                    elif (
+                        isinstance(home, Meeting)
+                        and home.server is server
+                        and home.asked > LONG_AGO
+                    ):
+                        # what we know better is confirmed
+                        self.remember(server, home.info, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
@@ -2791,7 +2797,8 @@ VARIABLES = {
 }
 
 
-# A secret of the front ends with fewer characters is warned of.
+# A secret of the front ends with fewer characters is warned of; and what has as many could be a
+# secret in the wrong place, so it is not shown.
 MIN_SECRET = 20
 
 
@@ -2805,7 +2812,7 @@ def shown(value: str) -> str:
     Otherwise it could be a secret, or a whole file, in the wrong place: it is hidden.
     """
     is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
-    return value if len(value) < 20 or is_plain else "..."
+    return value if len(value) < MIN_SECRET or is_plain else "..."
 
 
 def require(is_right: object, mistake: str) -> None:
@@ -2826,9 +2833,9 @@ def read_text(name: str, path: str) -> str:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return file.read()
     except OSError as error:
-        where = os.path.abspath(path)
-        if shown(path) != path:
-            where = shown(path)
+        where = shown(path)
+        if where == path:
+            where = os.path.abspath(path)
         raise SettingsError(
             f"{name} {where}: {error.strerror}. "
             "Check its name, and that the user of tinyscale may read it."
@@ -2927,7 +2934,7 @@ def read_entry(where: str, item: Any) -> Entry:
     # each name once, and first those that must be there
     for name in dict.fromkeys(["host", "secret", *item]):
         # what is long could be a secret in the wrong place
-        key = f"{where}: {json.dumps(name if len(name) < 20 else '...')}"
+        key = f"{where}: {json.dumps(name if len(name) < MIN_SECRET else '...')}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule, may_show = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
