@@ -1662,7 +1662,7 @@ class HttpTest(ClusterTest):
                     if not is_waited_for and rest != form:
                         self.assertIn(b"FAILED", connection.recv(1000))
                     if is_waited_for:
-                        self.assertTrue(until(lambda: handler.reserved))
+                        self.assertTrue(until(lambda: handler.took_body))
                     self.clock.ahead += 2
                     is_busy = tinyscale.is_busy
                     self.assertTrue(until(lambda: is_busy(self.balancer) == is_waited_for))

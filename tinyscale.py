@@ -537,10 +537,15 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except BaseException:
             connection.close()
             raise
-        # not kept: if it has no socket, as the server wants it to end; after a status of 1xx, as
-        # more is to come; and after a call with a body, as response_class holds its request
-        is_over = connection.sock is None or answer.status < 200 or request.data
-        if is_over or len(self.kept) >= MAX_KEPT:
+        if (
+            # the server has asked for its end
+            connection.sock is None
+            # after a status of 1xx another answer comes
+            or answer.status < 200
+            # timed_response holds the request, and so this body would stay in memory
+            or request.data
+            or len(self.kept) >= MAX_KEPT
+        ):
             connection.close()
         else:
             self.kept.append(connection)
@@ -671,10 +676,11 @@ class Handler:
         self.head = Head("GET", "", "", {}, 0)
         # what of the head, or behind it, has been received; read_body leaves it as it is
         self.buffer = b""
-        # the length of the body that this connection reads, or has read: read_body adds up those of
-        # all. 0 if there is none, or if we do not want it: because it was refused, or the call is a
-        # join. Then it may still come, see respond
-        self.reserved = 0
+        # read_body took the body: it has been read, or is being read. A body that was not taken,
+        # because it was refused or belongs to a join, may still be on its way, see respond
+        self.took_body = False
+        # the whole answer was handed to the system
+        self.is_answered = False
 
     def serve(self) -> None:
         """The connection from its begin to its end."""
@@ -847,12 +853,16 @@ class Handler:
         size = self.head.length
         if size > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
-        # first noted, then counted: of two that come at once none is overlooked. Forms are small:
-        # they do not count, nor are they refused
-        self.reserved = size
-        counted = [each for each in list(self.balancer.handlers) if each.call.content_type != FORM]
-        if self in counted and sum(each.reserved for each in counted) > MAX_BODIES:
-            self.reserved = 0
+        # noted before it is counted: so of two that come at the same moment neither is overlooked
+        self.took_body = True
+        # forms are small: they do not count, nor are they refused
+        counted = [
+            each
+            for each in list(self.balancer.handlers)
+            if each.took_body and each.call.content_type != FORM
+        ]
+        if self in counted and sum(each.head.length for each in counted) > MAX_BODIES:
+            self.took_body = False
             raise ApiError("serverBusy", "Too many large bodies at one time. Please try again", 503)
         if self.head.fields.get("expect"):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -869,8 +879,7 @@ class Handler:
         a call that was not verified may be any letters.
         """
         seconds = time.monotonic() - self.started
-        if self.head.path not in PAGES:
-            count_call(self.balancer, self.call, outcome, seconds)
+        count_call(self.balancer, self.call, outcome, seconds)
         if self.head.path not in PAGES or answer.status >= 400:
             log.info(
                 f"{self.call.name:.99} {self.call.meeting_id!r:.300} "
@@ -887,8 +896,9 @@ class Handler:
         # now we wait for the client again, to take the answer
         self.waiting_since = time.monotonic()
         self.send(head.encode("latin-1") + body)
-        # "": the head itself was refused
-        if self.reserved < self.head.length or not self.head.path:
+        self.is_answered = True
+        # the path is "" if the head itself was refused
+        if not self.head.path or (self.head.length > 0 and not self.took_body):
             self.linger()
 
     def send(self, data: bytes) -> None:
@@ -1762,27 +1772,27 @@ class Directory:
         """Ask these servers for a meeting, until one says that it has it. Note what they say."""
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
-        told = []
+        have_it: dict[Server, MeetingInfo] = {}
         for server, answer in self.ask(servers, call):
             info = info_by(answer)
             if info is None and answer.returncode == "SUCCESS":
                 # it cannot be read, but is a yes
                 info = MeetingInfo(meeting_id)
             if info and meeting_id in (info.meeting_id, info.internal_id):
-                self.remember(server, info, asked)
-                home = self.home(meeting_id)
-                if home and home.server is server:
-                    return
-                told.append((server, info))
+                have_it[server] = info
             elif answer.returncode == "FAILED":
                 # that can only mean that it has no such meeting: a checksumError is not usable
                 self.forget(server, meeting_id, asked)
             # else it is another meeting: BBB takes the beginning of an internal ID, too, and looks
             # for that first. So it is neither a yes nor a no
-        # answers come in any order. If A says yes while B has a claim, or a newer meeting, that
-        # does not count; but if B says no after that, it must. So each yes is told once more
-        for server, info in told:
-            self.remember(server, info, asked)
+
+            # again after each answer: the yes of A does not count while B has a claim, or a newer
+            # meeting; but it does as soon as B says no
+            for each, its_info in have_it.items():
+                self.remember(each, its_info, asked)
+            home = self.home(meeting_id)
+            if home and home.server in have_it:
+                return
 
     def probe(self, meeting_id: str) -> float:
         """Ask all servers that are not down for a meeting. Return the time when they were asked.
@@ -2619,6 +2629,8 @@ tinyscale_twin_meetings {twins}
 
 def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) -> None:
     """Note for /metrics that there was a call, and how long it took."""
+    if call.name in PAGES:
+        return
     # who has no secret could make up thousands of names
     name = call.name if call.name in ROUTES else "other"
     labels = f'{{call="{name}",outcome="{outcome}"}}'
@@ -3269,10 +3281,9 @@ def is_busy(balancer: Balancer) -> bool:
     """Whether somebody's call was verified and is not at its end, or has only just begun."""
     now = time.monotonic()
     for handler in list(balancer.handlers):
-        # its body was refused, and it has its answer: what it still sends is only dropped
-        is_dropped = handler.waiting_since != NEVER and handler.reserved < handler.head.length
-        # a call that was verified has parameters
-        if handler.call.params and not is_dropped:
+        # only a call that was verified has parameters. If it has been answered, what its client
+        # still sends is only dropped
+        if handler.call.params and not handler.is_answered:
             return True
         # who has not been verified after a second is a stranger
         if now - handler.started < 1:
