@@ -1019,8 +1019,8 @@ MAX_WAITING = 200
 PROBE_TIMEOUT = 3
 # Between two surveys of a server.
 SURVEY_INTERVAL = 10
-# The same when it has just gone down, and while it is down: if it comes back within 20 s, that must
-# be seen before HOLD is over.
+# The same when it has just gone down, and as long as it is not up: if it comes back within 20 s,
+# that must be seen before HOLD is over.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail.
@@ -1127,9 +1127,6 @@ class Server(Connections):
         # its first survey has ended, be it in vain: until then it may have meetings that we do not
         # know
         self.first_survey_ended = False
-        # a survey has been noted that shows that it is up. An unknown server is marked up before
-        # that, by note_answer, and Directory.note_shown_up must still see that it has come up
-        self.is_shown_up = False
         # its last good survey: when it was asked, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1192,20 +1189,21 @@ class Server(Connections):
             # must come before `judge`, which may let another server have the create
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
-        self.note_answer(call, asked, answer)
+        self.note_answer(call, asked)
         return answer
 
-    def note_answer(self, call: ApiCall, asked: float, answer: Answer) -> None:
-        """Note what a usable answer to a call shows, which was sent at the time `asked`."""
+    def note_answer(self, call: ApiCall, asked: float) -> None:
+        """Note that a call, which was sent at the time `asked`, got a usable answer.
+
+        That alone does not mark the server up: only a survey does, as it also tells which meetings
+        the server has.
+        """
         self.warned.pop(call.name, None)
         if not call.route.tells_health:
             return
         self.answered = max(self.answered, asked)
         if call.route.is_read:
             self.took = time.monotonic() - asked
-        # if it is down, only its next survey shows that it is up again
-        if self.state == "unknown" and answer.returncode == "SUCCESS":
-            self.note_up(asked)
 
     def close_kept(self) -> None:
         """Close the kept connections: if one broke or was silent, the others may be dead, too."""
@@ -1540,9 +1538,8 @@ class Directory:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
             # the server itself counts: if it was up already, nobody has come back
-            was_any_up = any(each.is_up and each.is_shown_up for each in self.servers)
+            was_any_up = any(each.is_up for each in self.servers)
             server.note_up(asked)
-            server.is_shown_up = True
             if server.is_up and not was_any_up:
                 self.recovered = self.clock()
 
@@ -1588,6 +1585,15 @@ class Directory:
             if known and not self.is_lost(known.server):
                 return known
             return None
+
+    def lost_server(self, meeting_id: str) -> Server | None:
+        """The server that had a meeting, but has been down for so long that it may begin anew."""
+        last = self.claims.get(meeting_id) or self.meetings.get(meeting_id)
+        if last is None:
+            return None
+        if last.server not in self.servers:
+            return None
+        return last.server if self.is_lost(last.server) else None
 
     def assign_known(self, meeting_id: str, tried: Servers) -> tuple[Server, str] | None:
         """As `assign`, for a meeting whose home is known well enough.
@@ -1894,9 +1900,7 @@ def watch(directory: Directory, server: Server) -> None:
         server.wake.clear()
         attempt("a survey", survey, directory, server)
         server.first_survey_ended = True
-        seconds = SURVEY_INTERVAL
-        if server.is_down:
-            seconds = RETRY_INTERVAL
+        seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
         if server.wake.wait(seconds):
             # it went down just now
             time.sleep(FIRST_RETRY)
@@ -2177,14 +2181,11 @@ def join(directory: Directory, call: ApiCall) -> Answer:
     try:
         server, why = directory.find(call.meeting_id)
         if server is None:
-            # it has no home, so a server that is still noted for it is lost
-            meeting_id = call.meeting_id
-            lost = directory.claims.get(meeting_id) or directory.meetings.get(meeting_id)
-            is_listed = lost and lost.server in directory.servers
-            if lost and is_listed and lost.server.is_down and call.wants_html:
+            lost = directory.lost_server(call.meeting_id)
+            if lost and call.wants_html:
                 # the pupil waits on the retry page, until the room begins elsewhere, or the server
                 # comes back. A program gets BBB's "no such meeting", so that it can create the room
-                raise Unavailable(f"{lost.server} (down for long)")
+                raise Unavailable(f"{lost} (down for long)")
             server = directory.any_up()
     except Unavailable as error:
         if call.wants_html:
