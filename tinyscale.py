@@ -8,7 +8,7 @@ the next server of servers.json, or on the one with the least load.
 The way of a call:
 
     Balancer.process_request   gets an accepted connection, which a thread of a pool serves
-    Handler.serve              begins with TLS, and closes it at the end
+    Handler.serve              begins with TLS if we serve HTTPS; closes the connection
     Handler.handle             reads one request, writes one answer
     Handler.read_head          reads its head; parse_head refuses what is no plain HTTP
     Handler.read_call          verifies the checksum, then reads the body
@@ -17,17 +17,19 @@ The way of a call:
     Handler.respond            writes a line in the log, and the answer
 
 Kept in memory, in one Directory, behind its lock: where each meeting was last seen, and which
-creates are on their way. The servers are asked every ten seconds, so a restart loses nothing but
-what a silent server alone knows.
+creates are on their way. Every server is asked for its meetings every ten seconds (a survey), so a
+restart loses nothing but what a silent server alone knows.
 
 To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
-and Connections. Outside of Part I secrets are read by read_settings and what it calls; print_url
-signs; apply, check, Directory.use and examine hand entries on; join hands out a URL that was
-signed. No secret is ever an argument of the command line. XML that servers send is parsed by parse
-alone, with the patterns above it; Answer.returncode, judge, is_denial, items_of,
-relay_recording and destroy_hook search its bytes for a word.
-Three more things outside of Part I touch every connection: listen and read_tls make the listener,
-connection_limit says how many connections there may be, and count_call counts calls.
+and Connections. What else to look at:
+
+- Secrets outside of Part I: read_settings and what it calls read them; print_url signs a URL; join
+  hands out one that was signed; apply, check, Directory.use and examine pass entries on. No secret
+  is ever an argument of the command line.
+- XML from servers: only parse parses it. Answer.returncode, judge, is_denial, items_of,
+  relay_recording and destroy_hook search its bytes for a word.
+- Connections outside of Part I: listen and read_tls make the listener, connection_limit says how
+  many there may be, count_call counts the calls.
 
 Every server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
@@ -85,16 +87,16 @@ log = logging.getLogger("tinyscale")
 
 # ---- limits: seconds, bytes, or how many ---------------------------------------------------------
 
-# To reach an address of a server, and again for its TLS handshake. DNS has no limit.
+# To connect to an address of a server, and once more for the TLS handshake. DNS has no limit.
 CONNECT_TIMEOUT = 3
-# After a deadline for an answer we read on for so long: if our machine was paused, the answer may
-# have come, and nobody has read it.
+# How long we go on reading after the deadline for an answer: if our machine was paused, the answer
+# may have arrived in time without having been read.
 LATE = 0.5
-# For a client's TLS handshake, the head of its request and a form together; and, after a refusal,
-# to read on what it still sends.
+# How long a client may take for its TLS handshake, its head and its form, all together; and how
+# long we listen to a client that was refused but still sends.
 HEAD_TIMEOUT = 10
-# After that a client may be slow, but not silent for longer. A proxy before us gives up first:
-# nginx waits 60.
+# How long a client may be silent after that. A proxy in front of us gives up earlier: nginx after
+# 60 s.
 SILENCE_TIMEOUT = 75
 # Connections that are kept to a server, and how old they may be: BBB's nginx closes idle ones after
 # 75 s, and its address may change.
@@ -102,15 +104,15 @@ MAX_KEPT = 32
 KEPT_FOR = 30
 # The head of a request, or a form.
 MAX_HEAD = 64 * 1024
-# What is read at a time. An eighth of it is written at a time: for each such piece a slow client
-# has SILENCE_TIMEOUT anew.
+# What is read at a time. An eighth of it is written at a time, so that even a very slow client
+# takes each piece within SILENCE_TIMEOUT.
 CHUNK = 64 * 1024
-# A body, slides for example; and all bodies at one time. read_body holds each twice for a moment.
+# One body, for example slides; and all bodies at one time. read_body holds each twice for a moment.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
 # A server's answer.
 MAX_ANSWER = 32 * 1024 * 1024
-# Parameters of a call, many more than any has: each costs time before its checksum is verified.
+# Parameters of a call. No call has nearly as many; each costs time before the checksum is verified.
 MAX_PARAMETERS = 1000
 # A form up to this length is sent on as the query of a URL, which every version of BBB takes; but
 # nginx and Tomcat refuse URLs of 8 KiB. A longer one is sent on as a form.
@@ -118,11 +120,11 @@ MAX_QUERY = 7000
 
 # ---- settings ------------------------------------------------------------------------------------
 
-# By their length in hex, as BBB tells them apart: the caller chooses, and no setting forbids one.
-# Old front ends have only SHA-1. It is weak where somebody can make two texts with one digest: a
-# pupil who chooses a name, which a front end signs in a join, could try to make that checksum fit
-# another call, too. But both texts would have to be URL-encoded, and to begin with what the front
-# end writes before the name: no such texts are known.
+# By the length of the digest in hex, as BBB tells them apart: the caller chooses, and no setting
+# forbids one. Old front ends have only SHA-1. SHA-1 is weak where somebody can make two texts with
+# the same digest. A pupil chooses the name that a front end signs in a join; could that checksum be
+# made to fit another call, too? Both texts would have to be URL-encoded, and begin with what the
+# front end writes before the name. No such pair is known.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -173,8 +175,10 @@ class Settings:
 def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     """The hex checksum of a call: over its name, its raw query without a checksum, and a secret.
 
-    The rule is that of BBB's API documentation. Nothing stands between the name and the query, so a
-    checksum fits other pairs of them, too: see CALL_PATH for what that means.
+    The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
+    has a signed URL can move letters from one to the other, and the checksum stays right: that of
+    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. The pattern CALL_PATH
+    therefore refuses every name but join that begins with a j: a guest has only links of joins.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -200,12 +204,12 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
-    A form is what is sent instead of a query, see Handler.read_call. It is verified over its raw
-    text or, as BBB does since 2.6.18, over the empty query. This is a weakness of BBB, which we
-    must have, too: who knows the checksum of a call over the empty query can send any form to that
-    same call, to create for example. Such a checksum is known to front ends that send forms in that
-    way, and to who can read queries in the log of a proxy. It is not known to a guest, whose join
-    has parameters, and is never a form.
+    A form is a query that is sent in the body, see Handler.read_call. Its checksum is over its raw
+    text or, as BBB allows since 2.6.18, over the empty query. The latter is a weakness of BBB that
+    we must share: whoever knows the checksum of a call over the empty query can send any form to
+    that call, for example to create. Front ends that sign forms in that way know such checksums,
+    and so does whoever reads queries in a proxy's log. A guest does not: a join has parameters, and
+    is never a form.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -218,18 +222,17 @@ def verify(
     for part in parts:
         raw_name, _, raw_value = part.partition("=")
         name = unquote_plus(raw_name)
-        # of a repeated checksum, meetingID or recordID some of BBB's calls take the first, and some
-        # the last. A guest could slip in a second one, by the name "Ann&meetingID=x", if a front
-        # end forgets to encode it; then we could choose another meeting than BBB. So it is refused
+        # if one of these is repeated, some of BBB's calls take the first value, and some the last:
+        # we and BBB could mean different meetings. A guest called "Ann&meetingID=x" could slip in a
+        # second one, through a front end that forgets to encode names. So it is refused
         if name in params and name in ("checksum", "meetingID", "recordID"):
             raise refused
-        # of all others the first counts, as in BBB. (We act on redirect, parentMeetingID, the
-        # passwords, and what says which recordings or hook are meant)
+        # of any other repeated parameter the first value counts, as in BBB
         params.setdefault(name, unquote_plus(raw_value))
 
     given = params.get("checksum", "")
     algorithm = ALGORITHMS.get(len(given))
-    # as BBB, we do not take it for a checksum if its name or value is written with %
+    # like BBB, we take it for no checksum if its name or value is written with %
     if algorithm is None or f"checksum={given}" not in parts:
         raise refused
     unsigned = without(query, "checksum")
@@ -237,7 +240,7 @@ def verify(
     for text in signed_texts:
         for secret in secrets:
             right = checksum(call_name, text, secret, algorithm)
-            # in hex of either case, as to BBB; a blank secret never verifies anything
+            # hex of either case will do, as for BBB; a blank secret never verifies anything
             if secret.strip() and hmac.compare_digest(right.encode(), given.lower().encode()):
                 return unsigned, params
     raise refused
@@ -246,12 +249,11 @@ def verify(
 # ---- calls ---------------------------------------------------------------------------------------
 
 FORM = "application/x-www-form-urlencoded"
-# With this field a browser runs no script, under our name, that a hostile server has put into its
-# answer. It is in all of these, and in our own XML; our pages have another one.
+# If a hostile server puts a script into its answer, this field keeps a browser from running it
+# under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
-# What every answer of BBB begins with. `parse` in Part II cuts off what stands before <response>:
-# no DTD gets to the parser, which could declare entities, with which a small text grows to
-# gigabytes.
+# How every answer of BBB begins. An answer with a DTD does not match, and what does not match is
+# never parsed: a DTD can declare entities, with which a small text grows to gigabytes.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -259,26 +261,26 @@ RETURNCODE = re.compile(
 
 
 class Answer(NamedTuple):
-    """An answer, a server's or our own."""
+    """An answer of a server, or our own."""
 
     status: int
     body: bytes = b""
-    # without the charset some clients would read Latin-1
+    # without the charset some clients would take it for Latin-1
     headers: tuple[tuple[str, str], ...] = (("Content-Type", "text/xml;charset=utf-8"), SANDBOX)
 
     @property
     def returncode(self) -> str:
-        """SUCCESS or FAILED, which is the first element of BBB's answers; "" if it is none."""
+        """SUCCESS or FAILED, the first element of each answer of BBB; "" if this is no such one."""
         match = RETURNCODE.match(self.body)
         return match[1].decode() if match else ""
 
 
-# Exceptions must have a hash: dataclass takes it away with its own comparison.
+# Not eq: a dataclass that compares its fields has no hash, and exceptions need one.
 @dataclass(eq=False)
 class ApiError(Exception):
-    """A call that is refused, with BBB's messageKey and message, and an HTTP status.
+    """Why a call is refused: BBB's messageKey and message, and an HTTP status.
 
-    BBB refuses with 200.
+    BBB refuses with status 200.
     """
 
     key: str
@@ -286,8 +288,8 @@ class ApiError(Exception):
     status: int = 200
     # for the log: which server it is about, and why that one
     note: str = ""
-    # what the caller gets instead of `answer`: a page for a browser (join), or the refusal that all
-    # servers answered (ask_all)
+    # if set, the caller gets this instead of `answer`: a page for a browser, see join; or a
+    # server's own refusal, if all servers refused, see ask_all
     page: Answer | None = None
 
     def answer(self) -> Answer:
@@ -300,10 +302,12 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """A call failed, and no other server may get it.
+    """A call failed, and no other server may get it instead.
 
-    For the server MAY have carried it out; or the call is for a meeting that is held for a server.
-    NotCarriedOut, a kind of it, is the other case.
+    Either the server MAY have carried it out. Or it was never sent, because it is about a meeting
+    of a server that went down a moment ago: for HOLD seconds that meeting may not begin elsewhere.
+
+    The subclass NotCarriedOut is for calls that another server may get.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -315,24 +319,24 @@ class Unavailable(ApiError):
 
 
 class NotCarriedOut(Unavailable):
-    """A call failed, and the server has NOT carried it out: another one may get it."""
+    """A call failed, and the server has NOT carried it out: another server may get it."""
 
 
 @dataclass
 class ApiCall:
-    """A call, a client's that was verified or one of our own."""
+    """A call: of a client, whose checksum was verified, or one that we make ourselves."""
 
     # what follows /bigbluebutton/api/
     name: str
     # raw, without its checksum: it goes on byte for byte
     query: str = ""
-    # decoded, with the checksum: so those of a call that was verified are never empty, and is_busy
-    # relies on that. Empty until then, and for a call of our own
+    # the decoded parameters, the checksum among them: so they are never empty once a call was
+    # verified, and is_busy relies on that. Until then they are empty, and for calls of our own
     params: dict[str, str] = field(default_factory=dict)
-    # slides or a file, which the checksum does not cover; makes the call a POST
+    # slides or a file, which the checksum does not cover; with a body the call is a POST
     body: bytes = b""
-    # of the body. But FORM means that the query came as a form, and there is no body: sign_again
-    # may send the query as a form again
+    # of the body. FORM is special: it says that the query came as a form, and there is no body;
+    # sign_again may then send the query as a form, too
     content_type: str = ""
     # a person in a browser waits for the answer
     wants_html: bool = False
@@ -351,33 +355,36 @@ class ApiCall:
 
 # ---- one BBB server ------------------------------------------------------------------------------
 
-# The system's authorities, or those of SSL_CERT_FILE or SSL_CERT_DIR. TLS 1.2 is the default only
-# since Python 3.10.
+# Whose certificates we accept: the system's authorities, or those of SSL_CERT_FILE or SSL_CERT_DIR.
+# TLS 1.2 is the default only since Python 3.10.
 TRUST = ssl.create_default_context()
 TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
-# As before Python 3.13, which refuses the authorities that many schools made for themselves, for a
-# matter of form. The chain, the name and the dates are verified all the same.
+# Since Python 3.13 the default is strict about the form of certificates, and refuses authorities
+# that many schools have made for themselves. Chain, name and dates are verified all the same.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
-# The fields of an answer that are passed on, of whatever call. A join with redirect=false needs the
-# cookie that BBB sets. So a server can set cookies for our name, and for the domain above it: that
-# is accepted.
+# The fields of a server's answer that are passed on. A join with redirect=false needs the cookie
+# that BBB sets. So a server can set cookies for our name, and for the domain above it: that is
+# accepted.
 PASSED_ON = ("content-type", "location", "set-cookie")
 
 
 class SignedRequest(urllib.request.Request):
     """A signed call on its way to a server."""
 
-    # set by sign_again: it does no harm if a server sees it twice
+    # set by sign_again: it does no harm if the server gets it twice
     may_repeat = False
-    # set by do_open: a kept connection turned out closed, so the server may have seen it twice
+    # set by do_open: a kept connection turned out to be closed, so the server may get it twice
     was_repeated = False
-    # set by exchange: when the answer must be there; a repeat does not get a new deadline
+    # set by exchange: when the answer must be there. A repeat has the same deadline
     deadline = 0.0
 
 
 class Drops(socket.SocketIO):
-    """What a server sends, in however many drops, until a deadline. Raises socket.timeout."""
+    """What a server sends, up to a deadline for the whole of it. Raises socket.timeout.
+
+    The timeout of a socket alone would not do: it begins again with each drop that arrives.
+    """
 
     is_late = False
 
@@ -385,10 +392,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # http.client's own file, in whose place Drops is read. It keeps the socket open: if the
-        # server wants the connection to end, http.client closes it before the body has been read,
-        # and the socket closes with its own last file, of which Drops is none. Python closes a file
-        # that nobody keeps
+        # never read, only kept: http.client's own file for this socket, in whose place Drops is
+        # read. If the server said "Connection: close", http.client closes the socket before the
+        # body is read, and Python then waits only for the files that the socket itself has made.
+        # Drops is none of these, and this one would be gone if nothing referred to it
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -396,8 +403,9 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # the read before this one ended in time, for settimeout, below, ends one that does not.
-            # But our machine may have been paused since: so reading goes on for LATE, but only once
+            # the read before this one ended in time: settimeout, below, sees to that. So the
+            # deadline has passed since, perhaps in a pause of our machine. The rest of the answer
+            # may be there already: reading goes on for LATE, once
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -406,29 +414,30 @@ class Drops(socket.SocketIO):
 
 
 class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """urllib's handler for one BBB server, whose connections stay open for the next call.
+    """The connections to one BBB server; they stay open for the next call.
 
-    It is the base of Server in Part II, and the one place where a server's secret is used. urllib
-    makes a request of the URL, and the connection that its scheme needs.
+    It is the base of Server in Part II, and the one place where a server's secret is used. As a
+    handler of urllib, it is called by urllib's opener: `send` calls self.parent.open, that calls
+    http_open or https_open of the base classes, and these call our `do_open`.
 
-    A server may close a kept connection just as we write to it, and nobody knows then whether it
-    saw the request. So only what may be sent twice rides on one.
+    A server may close a kept connection just as we write to it. Then nobody knows whether it got
+    the request, so only a request that may be sent twice uses a kept connection.
     """
 
     def __init__(self, entry: Entry) -> None:
-        # this is HTTPSHandler's, as HTTPHandler has no __init__ of its own
+        # the __init__ of HTTPSHandler: HTTPHandler has none of its own. Connections to https:// are
+        # made with this context
         super().__init__(context=TRUST)
-        # replaced as a whole, by Directory.use, when servers.json changes; always one with the same
-        # host. A kept connection has no secret: each call is signed anew
+        # when servers.json changes, Directory.use puts another entry with the same host here. Kept
+        # connections may stay: they hold no secret, each call is signed anew
         self.entry = entry
-        # the end of its certificate, as time.time; 0 if that is not known
+        # when the server's certificate ends, as time.time; 0 if that is not known
         self.certificate_end = 0.0
-        # connections for the next calls; to append and to pop is one step in Python, so many
-        # threads may
+        # connections for the next calls. No lock: to append and to pop is one step in Python each
         self.kept: list[Any] = []
-        # an opener that has this handler alone, and is self.parent from now on. So its open calls
-        # our do_open, and returns what that returns. The usual one would follow redirects, use the
-        # proxies of the environment, and raise for a status from 400 on
+        # an opener with this handler alone; add_handler sets self.parent to it. urllib's default
+        # opener would follow redirects, use the proxies of the environment, and raise an error for
+        # a status of 400 or more
         urllib.request.OpenerDirector().add_handler(self)
 
     def __str__(self) -> str:
@@ -436,7 +445,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def url_for(self, call: str, query: str) -> str:
         """The URL of a call, signed with this server's secret."""
-        # read once: servers.json may change meanwhile
+        # looked up once: it may be replaced at any moment
         entry = self.entry
         signed = sign(call, query, entry.secret, entry.checksum)
         return f"{entry.host}/bigbluebutton/api/{call}?{signed}"
@@ -444,8 +453,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def sign_again(self, call: ApiCall) -> SignedRequest:
         """The call as a request to this server.
 
-        A form that is too long for a URL stays a form. BBB takes that since 2.6.18, see verify; an
-        older one refuses it.
+        A form that is too long for a URL is sent as a form, which BBB takes since 2.6.18; an older
+        one refuses it.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
@@ -457,8 +466,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         if body:
             request.add_header("Content-Type", call.content_type)
             return request
-        # a create that names both passwords is answered duplicateWarning, a SUCCESS, the second
-        # time; if BBB had made up one itself, the repeat would be refused
+        # to the repeat of a create with both passwords BBB answers SUCCESS, with duplicateWarning;
+        # but if BBB has made up a password itself, it refuses the repeat
         has_passwords = call.params.get("attendeePW") and call.params.get("moderatorPW")
         request.may_repeat = call.route.is_read or (call.name == "create" and bool(has_passwords))
         return request
@@ -466,16 +475,18 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def send(self, request: SignedRequest, timeout: float) -> Answer:
         """Send a request and return the whole answer.
 
-        Raises URLError if there is no connection. Else, if the server may have seen the request,
-        socket.timeout for its silence, or another OSError, HTTPException or ValueError.
+        Raises URLError if there is no connection: then the server has not seen the request. If it
+        may have, raises socket.timeout for its silence, or another OSError, HTTPException or
+        ValueError.
         """
-        # what do_open returns
+        # open returns what do_open returns
         return cast(Answer, self.parent.open(request, timeout=timeout))
 
     def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
-        """What urllib calls to send a request, and returns: the answer.
+        """Send a request, on a kept connection if it may use one; return the whole answer.
 
-        As its own, but a kept connection comes first.
+        It takes the place of urllib's own do_open. `http_class` is http.client's HTTPConnection or
+        HTTPSConnection; for the latter, `options` has the context that verifies the server, TRUST.
         """
         kept = self.take() if req.may_repeat else None
         if kept is not None:
@@ -488,7 +499,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except OSError as error:
             fresh.close()
             if req.was_repeated:
-                # it may have been carried out the first time, so this is no URLError
+                # no URLError, as the server may have carried out the first one
                 raise
             raise urllib.error.URLError(error) from error
         fresh.opened = time.monotonic()
@@ -499,8 +510,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def take(self) -> Any:
         """A kept connection that is still good: nothing can be read from it, not even its end.
 
-        None if there is none. The one that rested longest comes first: an old one is closed only
-        here, so each must have its turn.
+        None if there is none. They are taken in turn, as old ones are only found and closed here.
         """
         with suppress(IndexError):
             while True:
@@ -523,8 +533,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         connection.response_class = timed_response
         connection.sock.settimeout(request.timeout)
         try:
-            # a server may refuse a body half way: its answer is there all the same. If there is
-            # none, getresponse raises ConnectionError
+            # a server may refuse a body half way, and close; its answer can be read all the same.
+            # If there is no answer, getresponse raises ConnectionError
             with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
                 connection.request(
                     request.get_method(),
@@ -542,7 +552,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.sock is None
             # after a status of 1xx another answer comes
             or answer.status < 200
-            # timed_response holds the request, and so this body would stay in memory
+            # timed_response holds the request: its body would stay in memory with the connection
             or request.data
             or len(self.kept) >= MAX_KEPT
         ):
@@ -557,19 +567,20 @@ def is_readable(sock: socket.socket) -> bool:
     # not select, which fails for file numbers above 1023
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    # of TLS some may have been read already
+    # TLS may have read something already
     return bool(poll.poll(0)) or (isinstance(sock, ssl.SSLSocket) and sock.pending() > 0)
 
 
 def read_answer(response: http.client.HTTPResponse) -> Answer:
     """The whole answer. Raises OSError or HTTPException."""
     fields = tuple(
-        # a line break would begin another field
+        # a line break in a value would begin another field
         (name, re.sub(r"[\x00-\x1f\x7f]+\s*", " ", value))
         for name, value in response.getheaders()
         if value and name.lower() in PASSED_ON
     )
-    # None if the end of the body, or of its chunks, tells it. http.client counts it down
+    # None if the server does not tell it, but closes at the end or sends chunks. Read now, as
+    # http.client counts it down
     length = response.length
     body = bytearray()
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
@@ -582,25 +593,25 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
 
 # ---- HTTP: what strangers send -------------------------------------------------------------------
 
-# The head of a request: the method; the target, which is printable ASCII but "#" (some proxies put
-# a scheme and a host before it, which do not count); and a hundred fields at most, each a token, a
-# colon, and no NUL, CR or LF.
+# The head of a request: a method; a target, which is a path and a query of printable ASCII without
+# "#" (some proxies write a scheme and a host before the path: they are ignored); and at most a
+# hundred fields: a name, a colon, and a value without NUL, CR or LF.
 REQUEST = re.compile(
     r"(?a)([A-Z]+) (?:https?://[\w.:\[\]-]+)?(/[!-\"$-~]*) HTTP/1[.][01]\r\n"
     r"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0\r\n]*\r\n){0,100})\r\n"
 )
-# A bare LF ends the reading, too, or we would wait for CR LF in vain: parse_head refuses it.
+# A bare LF, too, ends the reading of a head, or we would wait for CR LF in vain; parse_head refuses
+# such a head.
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
-# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy join/.
+# A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy sends join/.
 #
-# No call but join may begin with a j. A guest could move the "?" in a join link: a checksum covers
-# a name and a query with nothing between, so it is right for joi?nmeetingID=... and
-# joinm?eetingID=..., too. Such calls do not exist. But they could have a body, which may come
-# slowly as the checksum is right (Handler.read_call), and so guests could fill all connections. Of
-# a real join no body is read. (We trust that a guest gets no other signed URL. Who has one can do
-# that.)
+# No name but join may begin with a j. Otherwise a guest could turn the checksum of a join link into
+# that of another name, such as "joi", see `checksum`. BBB has no such call. But as the checksum
+# would be right, Handler.read_call would wait patiently for a body of 100 MiB, and a few guests
+# could use up all connections. With a join they cannot: its body is not read. (Whoever gets hold of
+# another signed URL can do that.)
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
-# A moment that never comes.
+# A moment that never comes, later than all others.
 NEVER = float("inf")
 
 
@@ -611,7 +622,7 @@ class Head(NamedTuple):
     path: str
     # raw
     query: str
-    # by their names in lower case; of a repeated one the last
+    # by name in lower case; of a repeated field the last value
     fields: dict[str, str]
     # of the body, in bytes
     length: int
@@ -620,8 +631,9 @@ class Head(NamedTuple):
 def parse_head(head: bytes) -> Head:
     """The parts of a request's head.
 
-    Raises ApiError for what is no plain HTTP/1.1, or could be read differently by a proxy before
-    us: http.server's own parser, made for e-mail, takes a bare CR for the end of a line.
+    Raises ApiError for what is no plain HTTP/1.1, or what a proxy in front of us could read in
+    another way. (Therefore not http.server's own parser, which is made for e-mail: it takes a bare
+    CR for the end of a line.)
     """
     match = REQUEST.fullmatch(head.decode("latin-1"))
     # neither Host nor Content-Length may be there twice
@@ -641,12 +653,12 @@ def parse_head(head: bytes) -> Head:
 
 
 def log_error(where: str, error: BaseException) -> None:
-    """Log a connection that broke off; or a mistake of ours, without its text.
+    """Log a connection that broke off, or a bug of ours.
 
-    That might quote a query.
+    Of a bug the text is left out: it may quote a query.
     """
     if isinstance(error, OSError):
-        # of TLS it is the reason that tells
+        # errors of TLS have a reason, which says more
         reason = getattr(error, "reason", "") or error.strerror or type(error).__name__
         log.info(f"{where} broke off: {reason}")
     else:
@@ -665,29 +677,32 @@ class Handler:
         self.sock = sock
         self.address = address
         self.started = time.monotonic()
-        # since when the client keeps us waiting:
-        # - first for its head, and a form
-        # - NEVER from read_call on: its checksum was right, be it that of a guest's join. We read
-        #   its slides, and work for it; close_slowest spares it
-        # - from respond on, to take its answer, and anew with each piece
-        # - last, while linger drops what it still sends
+        # since when we have been waiting for the client. If there are too many connections,
+        # Balancer.close_slowest closes the one with the earliest such time. In order:
+        # - the start of the connection: we wait for the head, or for a form
+        # - NEVER, set by read_call: the checksum was right, be it that of a guest's join. We read
+        #   the body, and then the client waits for us
+        # - the moment when `send` wrote the last piece of the answer: we wait for the client to
+        #   take it; and after that, in `linger`, for the client to stop sending
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
-        # what of the head, or behind it, has been received; read_body leaves it as it is
+        # while the head is being read, what has been received of it; then what came behind it, the
+        # begin of the body. read_body copies that, and collects the rest elsewhere
         self.buffer = b""
         # read_body took the body: it has been read, or is being read. A body that was not taken,
         # because it was refused or belongs to a join, may still be on its way, see respond
         self.took_body = False
-        # the whole answer was handed to the system
+        # the whole answer has been handed to the system
         self.is_answered = False
 
     def serve(self) -> None:
-        """The connection from its begin to its end."""
+        """The connection from beginning to end."""
         try:
             tls = self.balancer.settings.tls
             if tls:
-                # two steps, so that close_slowest can end the handshake
+                # the handshake is a step of its own, so that self.sock is the TLS socket by then:
+                # close_slowest can end a slow handshake only by that
                 self.sock = tls.wrap_socket(
                     self.sock, server_side=True, do_handshake_on_connect=False
                 )
@@ -695,13 +710,13 @@ class Handler:
                 self.sock.do_handshake()
             self.handle()
         except OSError as error:
-            # who hangs up without having sent a thing, as a monitor that only tries the port, is no
+            # a client that sends nothing and hangs up, such as a monitor that tries the port, is no
             # news
             has_sent = self.buffer or self.head.path
             if has_sent or not isinstance(error, (ConnectionError, ssl.SSLEOFError)):
                 log_error(self.address, error)
         except Exception as error:
-            # whatever it is, the caller gets an answer; if that fails, too, nobody can be told
+            # whatever the bug is, the caller gets an answer; if even that fails, nobody can be told
             log_error(self.call.name, error)
             bug = ApiError("internalError", "A mistake of tinyscale; see its log", 500)
             self.respond(bug.answer(), "bug")
@@ -710,7 +725,7 @@ class Handler:
             self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
-        """Read one request, and answer it. Raises OSError if the client goes away before that."""
+        """Read one request and answer it. Raises OSError if the client goes away before that."""
         outcome = "success"
         try:
             self.head = parse_head(self.read_head())
@@ -724,15 +739,18 @@ class Handler:
         self.respond(answer, outcome)
 
     def receive(self) -> bytes:
-        """The one place that reads from a client.
+        """The next bytes of a client: the one place that reads from it.
 
-        Raises OSError at the end, and socket.timeout.
+        Raises ConnectionError at the end of what it sends, another OSError if the connection
+        breaks, and socket.timeout if it is too late.
         """
+        # once the checksum was right, waiting_since is NEVER, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # after the deadline: if something is in the buffer, it ends now. If not, one read of 1 ms
-        # decides: if our machine was paused, the head may have come meanwhile. (The buffer is empty
-        # also while a form comes whose head came alone. So who sends a byte of it each millisecond
-        # has a minute for its 64 KiB, instead of 10 s: that is accepted.)
+        # too late. If a part of the head is there, that is the end. If nothing is there, one read
+        # of 1 ms follows: if our machine was paused, the head may have arrived meanwhile.
+        # (The buffer is also empty while we wait for a form whose head came in a packet of its own.
+        # A client that sends such a form byte by byte, one each millisecond, is cut off not after
+        # 10 s, but when its 64 KiB are full, after a minute. That is accepted.)
         if seconds <= 0 and self.buffer:
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -745,21 +763,21 @@ class Handler:
         """The head of the request. Raises ApiError if it is too large."""
         searched = 0
         while not END_OF_HEAD.search(self.buffer, searched) and len(self.buffer) <= MAX_HEAD:
-            # TLS can bring it byte by byte: no byte is searched again and again, but the last four,
-            # in which an end may have begun
+            # the next search begins where this one ended, less the four bytes in which an end may
+            # have begun. Otherwise a head that comes byte by byte would be searched 65,536 times
             searched = max(0, len(self.buffer) - 4)
             self.buffer += self.receive()
             # the first byte of a TLS handshake
             if self.buffer.startswith(b"\x16"):
                 raise ConnectionError(errno.EPROTO, "it speaks HTTPS to a port of plain HTTP")
-        # without that end it is all of the buffer, and parse_head refuses it
+        # if there is no such end, `head` is the whole buffer, and parse_head refuses it
         head, end, self.buffer = self.buffer.partition(b"\r\n\r\n")
         if len(head) > MAX_HEAD:
             raise ApiError("badRequest", "The head of the request is too large", 431)
         return head + end
 
     def answer(self) -> Answer:
-        """The answer to the request. Raises ApiError if it is refused."""
+        """The answer to the request whose head has been read. Raises ApiError if it is refused."""
         path = self.head.path
         page = PAGES.get(path)
         password = self.balancer.settings.status_password
@@ -767,7 +785,8 @@ class Handler:
             return self.answer_page(page, password)
         match = CALL_PATH.fullmatch(path)
         if not match:
-            # cut at the first odd character, lest a query whose "?" was forgotten get into the log
+            # cut at the first odd character: if somebody forgot the "?", the query is in the path,
+            # and no query may get into the log
             self.call.note = repr(re.sub("[^A-Za-z0-9/._-].*", "...", path)[:99])
             raise ApiError("notFound", "There is nothing at this address", 404)
         self.call.name = match[1]
@@ -775,9 +794,9 @@ class Handler:
         return self.call.route.handle(self.balancer.directory, self.call)
 
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
-        """A page of our own. If it is not public, user admin and the password are needed."""
+        """A page of our own. Unless it is public, it needs the password of user admin."""
         self.call.name = self.head.path
-        # some front ends ask for the version by POST. Of other pages GET stands there twice
+        # some front ends ask for the version by POST. (For other pages GET is there twice)
         self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
         given = self.head.fields.get("authorization", "").encode()
         login = b"Basic " + base64.b64encode(f"admin:{password}".encode())
@@ -792,21 +811,20 @@ class Handler:
             raise ApiError("unsupportedRequest", "This method is not allowed here", 405)
 
     def read_call(self, call: ApiCall) -> None:
-        """Verify the checksum, then read the body; only a form, which is the query, before that.
+        """Fill in the call: verify its checksum, then read its body.
 
-        Raises ApiError.
+        Only a form is read before it is verified, because it is the query. Raises ApiError.
         """
         query = self.head.query
-        # a join is a link, and mail programs try links by HEAD: they get our redirect. (With
-        # redirect=false it is carried out, as by GET.) Of other calls a HEAD is refused: it would
-        # be carried out
+        # a join is a link, and mail programs try links by HEAD: they get our redirect, as by GET.
+        # Any other call would be carried out, so HEAD is refused
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
-        # of a join no body is read: else a guest, whose checksum is right, could send 100 MiB
+        # the body of a join is not read: a guest has a right checksum, and could send 100 MiB
         # slowly
         has_body = self.head.length > 0 and call.name != "join"
-        # if the query of the URL is empty, or has the checksum alone, then a form is the query.
-        # Another body of that type can only be XML, see read_slides
+        # a form is the query, if the query of the URL is empty or has nothing but the checksum. If
+        # there is more in it, a body that is called a form can only be XML, see read_slides
         is_form = has_body and media_type == FORM and bool(re.fullmatch("(checksum=[^&]*)?", query))
         if is_form:
             call.content_type = FORM
@@ -816,7 +834,7 @@ class Handler:
             query = "&".join(filter(None, [form, query]))
         call.query, call.params = verify(call.name, query, self.balancer.settings.secrets, is_form)
         call.wants_html = "text/html" in self.head.fields.get("accept", "")
-        # who knows a secret, or a URL that was signed with it, may be slow
+        # a client that knows a secret, or has a signed URL, may be slow from now on
         self.waiting_since = NEVER
         if has_body and not is_form:
             self.read_slides(call, media_type)
@@ -826,10 +844,10 @@ class Handler:
 
         Raises ApiError.
         """
-        # what is in a body is not signed. So a call that has a query in its URL may not have a
-        # form, too; but some clients label their XML as one. (The fields of multipart are not
-        # signed, either. What BBB makes of them is its own matter: who has a right query can send
-        # any)
+        # the checksum does not cover a body. So the parameters of a call must not be in a form if
+        # the URL has some already; but some clients label XML as a form. (The fields of a multipart
+        # body are not signed either. What BBB makes of them is its own matter: whoever has a signed
+        # URL can send any)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -839,8 +857,8 @@ class Handler:
             raise ApiError(
                 "checksumError", "Parameters must be in the URL or in the body, not in both"
             )
-        # the bare type, as BBB wants it. XML that was labelled as a form gets it, too, lest a
-        # server read parameters in it
+        # the bare type, as BBB wants it; also for XML that was labelled as a form, in which BBB
+        # would look for parameters
         call.content_type = "application/xml"
         if media_type == "multipart/form-data":
             call.content_type = self.head.fields["content-type"]
@@ -848,14 +866,15 @@ class Handler:
     def read_body(self, limit: int) -> bytes:
         """The whole body of the request.
 
-        Raises ApiError if it is too large, or all of them together are.
+        Raises ApiError if it is too large, or if all bodies together are.
         """
         size = self.head.length
         if size > limit:
             raise ApiError("requestTooLarge", f"The body is larger than {limit} bytes", 413)
-        # noted before it is counted: so of two that come at the same moment neither is overlooked
+        # noted before the sum is made: so of two at the same moment neither overlooks the other
         self.took_body = True
-        # forms are small: they do not count, nor are they refused
+        # forms, for which read_call has set this type, are small: they do not count, and are never
+        # refused for that
         counted = [
             each
             for each in list(self.balancer.handlers)
@@ -874,9 +893,9 @@ class Handler:
     def respond(self, answer: Answer, outcome: str) -> None:
         """Write a line in the log, even for a client that is gone; then the answer.
 
-        The line has the call, meetingID, server (else the path that was not found, or the caller's
-        address), outcome, status and time: no query, and no name of a person or a room. The name of
-        a call that was not verified may be any letters.
+        The line has the call, the meetingID, the server (or the path that was not found, or the
+        caller's address), the outcome, status and time. It has no query, and no name of a person or
+        a room. The name of a call that was not verified may be any letters.
         """
         seconds = time.monotonic() - self.started
         count_call(self.balancer, self.call, outcome, seconds)
@@ -893,7 +912,7 @@ class Handler:
             f"Content-Length: {len(answer.body)}\r\nConnection: close\r\n\r\n"
         )
         body = b"" if self.head.method == "HEAD" else answer.body
-        # now we wait for the client again, to take the answer
+        # from now on we wait for the client to take the answer
         self.waiting_since = time.monotonic()
         self.send(head.encode("latin-1") + body)
         self.is_answered = True
@@ -902,47 +921,56 @@ class Handler:
             self.linger()
 
     def send(self, data: bytes) -> None:
-        """The one place that writes to a client, which may be slow, but not silent.
+        """Write to the client: the one place that does. It may be slow, but not silent.
 
         Raises OSError.
         """
         self.sock.settimeout(SILENCE_TIMEOUT)
-        # in pieces, each with its own time
+        # in pieces, each of which may take SILENCE_TIMEOUT
         for start in range(0, len(data), CHUNK // 8):
             if start:
-                # it takes its answer
+                # it has taken the piece before
                 self.waiting_since = time.monotonic()
             self.sock.sendall(data[start : start + CHUNK // 8])
 
     def linger(self) -> None:
-        """Read what a client still sends, and drop it: else it sees a reset, not the answer."""
+        """Read what the client still sends, and drop it.
+
+        If we closed the connection at once, the system would reset it, and the client might never
+        see our answer.
+        """
         with suppress(OSError):
-            # not SSLSocket's, which forgets its TLS and would read on in clear text
+            # not the shutdown of SSLSocket, which forgets its TLS and would go on in clear text
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
             while time.monotonic() < self.waiting_since + HEAD_TIMEOUT:
                 self.receive()
 
 
 class Balancer(http.server.ThreadingHTTPServer):
-    """The listener, and a thread of a pool for each connection.
+    """The listener, and a pool of threads that serve the connections.
 
-    Of its base it uses serve_forever, which accepts, handle_request, shutdown and server_close.
+    What it uses of its base classes:
+
+    - serve_forever accepts connections, and calls process_request for each
+    - shutdown ends serve_forever; handle_request accepts one more; server_close closes the listener
+    - shutdown_request closes one connection
     """
 
     def __init__(
         self, settings: Settings, directory: Directory, listener: socket.socket, limit: int
     ) -> None:
-        # neither its socket nor its kind of handler is used
+        # the base class makes a socket and wants a class of handlers: we use neither. It keeps the
+        # address as server_address, whose port `serve` writes in the log
         super().__init__(listener.getsockname()[:2], http.server.BaseHTTPRequestHandler, False)
         self.socket.close()
         self.socket = listener
         self.settings = settings
         self.directory = directory
         self.started = time.monotonic()
-        # what is wrong with the settings on disk
+        # what is wrong with the settings on disk; "" if they are good
         self.mistake = ""
-        # one for each connection, and how many there may be. To add, to discard and to copy is one
-        # step in Python each
+        # one for each connection, and how many there may be. No lock: to add, to discard and to
+        # copy is one step in Python each
         self.handlers: set[Handler] = set()
         self.limit = limit
         self.threads = futures.ThreadPoolExecutor(limit)
@@ -950,38 +978,38 @@ class Balancer(http.server.ThreadingHTTPServer):
         self.totals: dict[str, float] = collections.defaultdict(float)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of the pool.
+        """Have a thread of the pool serve a connection.
 
-        If there are too many, one must go: see close_slowest.
+        If there are too many connections, one must go first: see close_slowest.
         """
         while len(self.handlers) >= self.limit:
             self.close_slowest()
         handler = Handler(self, request, client_address[0])
         self.handlers.add(handler)
-        # submit puts it into the pool's queue, and then begins a thread. If the system allows no
-        # more threads (RuntimeError), one of those that run will take it from there. (That a pool
-        # is at its end would be a RuntimeError, too; this one never is)
+        # submit puts it into the pool's queue, and then starts a thread if none is idle. If the
+        # system allows no more threads (RuntimeError), a thread that is there will take it from the
+        # queue. (A pool that was shut down also raises RuntimeError; this one never is)
         with suppress(RuntimeError):
             self.threads.submit(handler.serve)
 
     def close_slowest(self) -> None:
-        """Close the connection of who has kept us waiting longest, a second at least.
+        """Close the connection for whose client we have waited longest, if that is over a second.
 
-        While we work for a verified call its connection is not closed. (If it is verified at this
-        very moment, the call is carried out, and the caller sees its connection break off.) That of
-        a client that takes its answer slowly may be closed.
+        In any case, wait a moment: another connection may end by itself.
 
-        So nobody else gets in if all connections are such calls: if a thousand calls, be they all
-        the same join of one guest, wait for servers at once; or if somebody who got hold of a
-        signed URL sends a thousand slow bodies. (Three whose lengths add up to MAX_BODIES leave no
-        room for others.) nginx before us, which passes on a body only when it is whole, prevents
-        the second.
+        A verified call is spared until we answer it; after that its client may be too slow to take
+        the answer. (If a call is verified at this very moment, it is carried out, and its client
+        sees the connection break off.)
 
-        In any case, wait a moment for a thread to end.
+        So if all connections are verified calls, nobody else gets in. That takes a thousand calls
+        that all wait for servers at once, and they may all be the same join of one guest; or a
+        thousand slow bodies of somebody who got hold of a signed URL. (Already three bodies whose
+        lengths add up to MAX_BODIES leave no room for others.) nginx in front of us prevents the
+        latter: it passes on a body only when it is whole.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
-            # not SSLSocket's, see Handler.linger
+            # not the shutdown of SSLSocket, see Handler.linger
             with suppress(OSError):
                 socket.socket.shutdown(slowest.sock, socket.SHUT_RDWR)
         time.sleep(0.001)
@@ -991,13 +1019,13 @@ class Balancer(http.server.ThreadingHTTPServer):
 
 
 class Markup(str):
-    """HTML that is not escaped again: written by fill, joined of such, or a constant of ours."""
+    """HTML that must not be escaped: made by fill, joined of such pieces, or a constant of ours."""
 
 
 def fill(template: str, **values: object) -> Markup:
-    """HTML with these values in the places of their names, each escaped but for Markup.
+    """The template with these values in the places of their names. All but Markup are escaped.
 
-    A name in an attribute must stand between quotes.
+    In an attribute a name must stand between quotes.
     """
     safe = {
         name: value if isinstance(value, Markup) else html.escape(str(value))
@@ -1011,26 +1039,28 @@ def fill(template: str, **values: object) -> Markup:
 # Seconds, or how many.
 # For the answer to a call.
 ANSWER_TIMEOUT = 10
-# For a create, a call with a body, or getRecordings: BBB's own nginx waits as long.
+# The same for a create, a call with a body, or recordings: BBB's own nginx waits as long.
 LONG_TIMEOUT = 60
-# Calls that wait for one server.
+# Calls that wait for one server at a time.
 MAX_WAITING = 200
 # For the answer to a question that is put to several servers at once.
 PROBE_TIMEOUT = 3
-# Between two surveys of a server.
+# Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
-# The same when it has just gone down, and as long as it is not up: if it comes back within 20 s,
-# that must be seen before HOLD is over.
+# When it has gone down it is asked again after FIRST_RETRY, and then every RETRY_INTERVAL. If it
+# comes back while a survey waits for it in vain, ANSWER_TIMEOUT + RETRY_INTERVAL pass until that is
+# seen.
+# This leaves half of HOLD, below, for the outage itself.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail.
 MEETING_TTL = 30
 # How long "no server has this meeting" is believed: people poll for meetings to begin.
 ABSENCE_TTL = 1
-# How long a server that is down keeps its meetings.
+# How long the meetings of a server that is down are held: they may not begin anew elsewhere.
 HOLD = 30
-# By TINYSCALE_PLACEMENT=load a meeting that we first heard of so recently counts for at least
-# EXPECTED people.
+# With TINYSCALE_PLACEMENT=load a meeting counts for at least EXPECTED people until we have known it
+# for so long.
 YOUNG = 15 * 60
 EXPECTED = 10
 # The values of TINYSCALE_PLACEMENT, and what the log says of each.
@@ -1045,14 +1075,14 @@ LONG_AGO = -NEVER
 
 
 class Route(NamedTuple):
-    """All properties of a call of BBB's API. ROUTES, at the end of Part II, has them."""
+    """All properties of a call of BBB's API. ROUTES, at the end of Part II, has a row for each."""
 
     handle: Callable[[Directory, ApiCall], Answer]
     # it changes nothing, so it may be sent twice
     is_read: bool = False
-    # its failure may mean that the server is down, and its answer that it is not. Others say
-    # nothing of that: webhooks are another program, recordings are slow, old servers lack some
-    # calls, and a join is mostly not sent by us
+    # its failure may mean that the server is down, and its answer that it is not. Other calls say
+    # nothing about that: webhooks are another program, recordings are slow, old servers lack some
+    # calls, and a join is mostly sent by the browser
     tells_health: bool = False
     # only BBB's XML is an answer to it: an error page of a proxy never reaches the caller
     is_xml: bool = True
@@ -1062,19 +1092,20 @@ class Route(NamedTuple):
 
 # ---- a server's state ----------------------------------------------------------------------------
 
-# What our own machine lacks is no outage of a server. EBUSY is what glibc's getaddrinfo leaves in
-# errno if it can open no more files.
+# Errors that mean that our own machine lacks something: no outage of a server. EBUSY is what
+# glibc's getaddrinfo leaves in errno if it can open no more files.
 OUR_TROUBLE = (
     errno.EBUSY,
     errno.EMFILE,
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# What a proxy answers if no BBB works behind it. Another server may get the call then; but not
-# after 504, as BBB may have carried it out. (It may have, too, if it breaks off in the middle of a
-# create, which is a 502. That is accepted: mostly it is being restarted, and loses its meetings; if
-# not, there is a twin, which is warned of. A 404 is passed on for calls that an old BBB may not
-# know, which are not is_xml in ROUTES.)
+# What a proxy answers if no BBB works behind it. Another server may get the call then, but not
+# after a 504: BBB got the call, and may have carried it out.
+#
+# BBB may have carried out a create that ended in a 502, too, if it broke off in the middle. That is
+# accepted. Mostly it is being restarted then, and loses its meetings. If not, the meeting may run
+# on two servers, a twin, see Directory.note_twins.
 GONE = (404, 502, 503, 504)
 
 
@@ -1091,7 +1122,7 @@ class MeetingInfo(NamedTuple):
 
 
 class Server(Connections):
-    """One BBB server, and in which state it is. Times are those of time.monotonic, in seconds.
+    """One BBB server, and its state. Times are those of time.monotonic, in seconds.
 
     The state is noted without a lock. If two calls note it at the same moment, one note may be
     lost: the next call or survey tells it again.
@@ -1100,34 +1131,35 @@ class Server(Connections):
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry)
         self.slots = threading.BoundedSemaphore(MAX_WAITING)
-        # recordings take a minute, and so have slots of their own: no other call shall wait for
-        # them
+        # recordings take up to a minute, so they have slots of their own: no other call has to wait
+        # for them
         self.recording_slots = threading.BoundedSemaphore(MAX_WAITING)
-        # unknown until it has answered or failed once; then up or down, since when, and why
+        # "unknown" until a survey finds it "up", or a failure shows that it is "down"; since when,
+        # and why
         self.state = "unknown"
         self.since = time.monotonic()
         self.reason = "no answer yet"
-        # of each call that failed last, but was no outage: why
+        # for each call that failed last time, but was no outage: why. So that is logged once
         self.warned: dict[str, str] = {}
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
-        # when the newest call was SENT that got a usable answer. Only calls count that tell its
-        # health, see Route
+        # of the calls that tell its health (see Route) and got a usable answer, when the newest one
+        # was SENT
         self.answered = 0.0
-        # the same, of any answer, be it an error page
+        # the same for any answer, even an error page
         self.reacted = 0.0
         # how many seconds its last answer took
         self.took = 0.0
         self.version = ""
-        # how many good surveys it needs, after a create failed there, until it gets new meetings as
-        # the others do
+        # after a create failed there: how many more good surveys it needs before it gets new
+        # meetings like the others
         self.doubts = 0
-        # there is a thread that surveys it
+        # a thread surveys it
         self.is_watched = False
-        # its first survey has ended, be it in vain: until then it may have meetings that we do not
-        # know
+        # its first survey has ended, even if it failed: until then it may have meetings of which we
+        # do not know
         self.first_survey_ended = False
-        # its last good survey: when it was asked, and the meetings that it found
+        # its last good survey: when it was sent, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
 
@@ -1141,16 +1173,14 @@ class Server(Connections):
 
     @property
     def is_able(self) -> bool:
-        """Whether it may get new meetings; see Directory.choose for which of these is the best."""
+        """Whether it may get new meetings; Directory.choose says which of those is preferred."""
         return self.is_up and not self.entry.cordoned
 
     def call(self, call: ApiCall, why: str, timeout: float = 0) -> Answer:
-        """Sign a call, send it and return the server's answer, if that is usable.
+        """Sign a call, send it, and return the server's answer if it is usable.
 
-        An outage marks the server down.
-
-        Raises NotCarriedOut if the server cannot have carried out the call, and Unavailable if it
-        may have.
+        Marks the server down if this shows an outage. Raises NotCarriedOut if the server cannot
+        have carried out the call, and Unavailable if it may have.
         """
         call.note = f"{self} ({why})"
         slots = self.slots
@@ -1164,7 +1194,7 @@ class Server(Connections):
             slots.release()
 
     def call_unlimited(self, call: ApiCall, timeout: float = 0) -> Answer:
-        """As `call`, but without its limit, so that a survey is always sent."""
+        """Like `call`, but never refused for want of a slot: for surveys."""
         asked = time.monotonic()
         seconds = timeout or ANSWER_TIMEOUT
         if not timeout and (call.body or call.route.is_long):
@@ -1177,16 +1207,16 @@ class Server(Connections):
             is_theirs = is_of_server(error.reason)
             raise self.failed(call, asked, reason, NotCarriedOut, is_theirs) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            # only its type: its text may quote the answer
+            # the error's type, as its text may quote the answer
             reason = f"broken answer: {type(error).__name__}"
             if isinstance(error, socket.timeout):
                 reason = f"no answer in {seconds:.0f} s"
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
-            # a create, see sign_again: the first time it may have been carried out, by a server
-            # that is well. That the connection closed is no outage, and no reason for doubt. This
-            # must come before `judge`, which may let another server have the create
+            # a create that was sent twice, see sign_again. The server may have carried out the
+            # first one, and is well: a kept connection that has closed is no outage, and no reason
+            # for doubts. (Before `judge`, which might let another server have the create)
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.note_answer(call, asked)
@@ -1195,7 +1225,7 @@ class Server(Connections):
     def note_answer(self, call: ApiCall, asked: float) -> None:
         """Note that a call, which was sent at the time `asked`, got a usable answer.
 
-        That alone does not mark the server up: only a survey does, as it also tells which meetings
+        That does not mark the server up. Only a survey does, because it also tells which meetings
         the server has.
         """
         self.warned.pop(call.name, None)
@@ -1206,7 +1236,7 @@ class Server(Connections):
             self.took = time.monotonic() - asked
 
     def close_kept(self) -> None:
-        """Close the kept connections: if one broke or was silent, the others may be dead, too."""
+        """Close the kept connections: if one broke or is silent, the others may be dead, too."""
         with suppress(IndexError):
             while True:
                 self.kept.pop().close()
@@ -1214,22 +1244,23 @@ class Server(Connections):
     def judge(self, call: ApiCall, asked: float, answer: Answer) -> None:
         """Raise Unavailable, or NotCarriedOut, if this is no usable answer to the call.
 
-        An answer is usable if it is BBB's, or if nobody could tell.
+        An answer is usable if it comes from BBB, or may come from BBB for all that we can tell.
         """
         if call.route.tells_health:
             self.reacted = max(self.reacted, asked)
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # our checksum is right for any query, so it is our secret that is wrong. BBB also says
-            # so of parameters in a body; `failed` takes no call with a body for an outage
+            # our checksums are right for any query, so it must be the secret that is wrong. (BBB
+            # also says this of parameters in a body. But a call with a body is no outage, see
+            # `failed`)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
         if is_redirect and call.name == "join":
             return
-        # some calls are not answered in BBB's XML: nobody can tell such an answer from an error
-        # page, so that is passed on, too
+        # some calls are not answered in BBB's XML: their answers cannot be told from error pages.
+        # So whatever comes is passed on
         may_be_no_xml = status >= 200 and not call.route.is_xml
         if (answer.returncode or may_be_no_xml) and not is_redirect:
             return
@@ -1237,8 +1268,8 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # of our own, which has no query, any error page is an outage, be it a 500. Of a
-            # client's with a query none is, be it a 502, as the query may be what is wrong
+            # if there is no query, as in our surveys, any error page is an outage, even a 500. If
+            # there is one, it is a client's, and what is wrong may be the query: so none is
             is_outage = not call.query
         error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1256,36 +1287,36 @@ class Server(Connections):
 
         Return the error to raise.
         """
-        # a call that is too long for a URL, or has a body, may be refused by a server that is well
+        # a server that is well may refuse a call that has a body, or is too long for a URL
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # a create that fails makes us doubt the server, until two surveys were good. (But not if it
-        # was NotCarriedOut and no outage, as when our own machine could not connect)
+        # after a create failed the server is in doubt until two surveys were good. (But not if the
+        # failure was our own, for example if we could open no more files)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
             self.note_down(reason, asked)
         elif self.warned.get(call.name) != reason:
-            # once, until it answers such a call: those that fail are in the log anyway
+            # only the first time: each call that fails has its own line in the log
             log.warning(f"{self} failed at {call.name}: {reason}")
             self.warned[call.name] = reason
         return error(f"{self} ({reason})")
 
     def note_down(self, reason: str, asked: float) -> None:
-        """Mark the server down, unless it has answered what was asked later."""
+        """Mark the server down, unless it has answered a call that was sent after `asked`."""
         if self.answered > asked or (self.is_down and self.reason == reason):
             return
         log.warning(f"{self} is down: {reason}")
         self.reason = reason
         if not self.is_down:
-            # in this order: who sees it down must not see an old time
+            # in this order: a thread that sees "down" must not see the time of the state before
             self.since = time.monotonic()
             self.state = "down"
             self.wake.set()
 
     def note_up(self, asked: float) -> None:
-        """Mark the server up, which answered what was asked at that time.
+        """Mark the server up, which answered a survey that was sent at the time `asked`.
 
-        Not if it went down since.
+        Not if it went down after that.
         """
         if self.is_down and self.since > asked:
             return
@@ -1298,20 +1329,21 @@ class Server(Connections):
 
 
 def attempt(what: str, job: Callable[..., Any], *arguments: object) -> Any:
-    """What a job returns; None if it fails, for a thread that must go on whatever happens."""
+    """Do a job in a thread that must go on whatever happens: return None if the job fails."""
     try:
         return job(*arguments)
     except Unavailable:
-        # Server.failed has logged it, if it is news; or too many calls wait for the server
+        # Server.failed has logged that, if it is news; or too many calls wait for the server
         return None
     except Exception as error:
-        # the other servers' answers, the next survey and the next look at the settings count on us
+        # a bug. The answers of other servers, the next survey and the next look at the settings
+        # depend on this thread
         log_error(what, error)
         return None
 
 
 def is_of_server(error: object) -> bool:
-    """Whether an error may be the server's: it is not if our own machine lacks something."""
+    """Whether an error may be the server's. If our own machine lacks something, it is not."""
     return getattr(error, "errno", None) not in OUR_TROUBLE
 
 
@@ -1321,13 +1353,13 @@ Servers = Collection[Server]
 
 
 class Meeting(NamedTuple):
-    """A meeting, and the server that told that it has it."""
+    """A meeting, and the server that has said that it has it."""
 
     info: MeetingInfo
     server: Server
     # when we first heard of it
     first_heard: float
-    # when the newest question was asked whose answer told us so
+    # when the server was asked that; LONG_AGO if it is only a hint, see `learn`
     asked: float
     # for the log: why a call goes to this server
     why: str = "remembered"
@@ -1335,26 +1367,25 @@ class Meeting(NamedTuple):
 
 @dataclass
 class Claim:
-    """A server's claim on a meetingID: it may have the meeting without having told.
+    """A server's claim on a meetingID: it may have the meeting, but has not said so.
 
-    That is because a create of ours is on its way to it, or we gave up waiting for the answer to
-    one.
+    Either a create is on its way to it, or we gave up waiting for its answer to one.
     """
 
     server: Server
-    # creates that are on their way: while there are any, the claim is not ended or replaced
+    # how many creates are on their way: while there are any, the claim is not ended or replaced
     sending: int = 0
     # when we last gave up waiting for one: the server may have carried it out
     gave_up: float = LONG_AGO
+    # for the log, as in Meeting
     why: str = "may have it"
 
     @property
     def asked(self) -> float:
-        """As a Meeting's: how new our knowledge is.
+        """How new our knowledge is, so that a Claim can be compared as a Meeting can.
 
-        While a create is on its way it is newer than any: no server need be asked for the meeting.
-        Otherwise it is older than any: they must be asked. So what Directory.home gives, a Meeting
-        or a Claim, is asked for its age alike.
+        While a create is on its way, there is no need to ask a server for the meeting: as if one
+        had just told us. After that there is: as if none had ever told us.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1366,8 +1397,15 @@ class Directory:
     we only read single entries, and write single entries of `absent` and `probes`: each of these
     is one step in Python.
 
-    Evidence has an age: what a server says counts from the moment when it was asked. The clock is
-    an argument, so that a test can play on it.
+    Evidence has an age: what a server says counts from the moment when it was ASKED. Answers come
+    in any order, and an older one must not undo a newer one. The clock is an argument, so that a
+    test can play with it.
+
+    What is tied to a server, and for how long:
+
+    - the home of a meeting is the server to which a create of it must go, see `home`
+    - a meeting is HELD while its home is down: calls for it fail, and it may not begin elsewhere
+    - after HOLD seconds it is LOST: the next create begins it anew on another server
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1376,29 +1414,30 @@ class Directory:
         self.servers: list[Server] = []
         self.placement = "turn"
         self.turn = 0
-        # when a server last came up while none was up, see is_lost
+        # when a server last came up while no other was up, see is_lost
         self.recovered = LONG_AGO
-        # who were given the last two new meetings
+        # the servers that got the last two new meetings
         self.last_two: list[Server] = []
         # by meetingID and by internalMeetingID, as BBB accepts both
         self.meetings: dict[str, Meeting] = {}
         # by meetingID
         self.claims: dict[str, Claim] = {}
-        # when a server was asked for a meeting that it does not have
+        # when a server was asked that said it does not have a meeting
         self.denials: dict[tuple[Server, str], float] = {}
         # when all servers were asked for a meeting that none of them has
         self.absent: dict[str, float] = {}
-        # meetings on two servers, and when they were last seen there
+        # the meetings that run on two servers, and when that was last seen
         self.twins: dict[str, float] = {}
-        # the probes that run, by meetingID; their result is when the servers were asked
+        # the probes that are running, by meetingID. Their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # lists for clients are parsed and merged one at a time, of each kind: to parse a long one
-        # holds Python's lock for long, and a hundred at once would let no join through
+        # of each kind of list only one at a time is parsed and merged for a client. Python runs one
+        # thread at a time, and parsing a long list keeps it for long: a hundred at once would let
+        # no join through
         self.merging = {name: threading.Lock() for name in LISTS}
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
-        """Take these servers from now on. One that stays keeps its state and its meetings."""
+        """Use these servers from now on. A server that stays keeps its state and its meetings."""
         with self.lock:
             self.placement = placement
             known = {str(server): server for server in self.servers}
@@ -1407,27 +1446,73 @@ class Directory:
                 server = known.get(entry.host) or Server(entry)
                 server.entry = entry
                 servers[entry.host] = server
-            # in one assignment: who reads it does not hold the lock
+            # in one assignment, as it is read without the lock
             self.servers = list(servers.values())
             for claim in self.claims.values():
-                # it outlives a server that is taken out, and put back
+                # a claim stays if its server is taken out and put back
                 claim.server = servers.get(str(claim.server), claim.server)
             for key, meeting in list(self.meetings.items()):
                 if meeting.server not in self.servers:
                     del self.meetings[key]
+
+    # -- which server a meeting is tied to
+
+    def is_lost(self, server: Server) -> bool:
+        """Whether the server's meetings may begin anew elsewhere.
+
+        They may if it was taken out of the list, or has been down for HOLD. If all servers were
+        down, our own network may have failed; then HOLD counts from the moment when the first one
+        came back. (This is also so for a server that has been down for an hour, if all others fail
+        and one of them returns: its meetings are held for another HOLD. That is accepted.)
+        """
+        if server not in self.servers:
+            return True
+        if not server.is_down:
+            return False
+        # `since` is read after the state: note_down writes them in the other order. (A server's
+        # times are those of time.monotonic, and outside of tests so is self.clock)
+        since = max(server.since, self.recovered)
+        return self.clock() - since >= HOLD
+
+    def home(self, meeting_id: str) -> Meeting | Claim | None:
+        """What ties the meeting to a server, so that a create of it must go there.
+
+        A claim comes first, then what we heard of it. None if it is tied to no server, or to one
+        that is lost.
+        """
+        with self.lock:
+            claim = self.claims.get(meeting_id)
+            if claim and (claim.sending or not self.is_lost(claim.server)):
+                return claim
+            known = self.meetings.get(meeting_id)
+            if known and not self.is_lost(known.server):
+                return known
+            return None
+
+    def lost_server(self, meeting_id: str) -> Server | None:
+        """The server that had a meeting, but has been down for so long that it may begin anew."""
+        last = self.claims.get(meeting_id) or self.meetings.get(meeting_id)
+        if last is None:
+            return None
+        if last.server not in self.servers:
+            return None
+        return last.server if self.is_lost(last.server) else None
 
     # -- what servers say
 
     def remember(self, server: Server, info: MeetingInfo, asked: float) -> None:
         """Note that the server, asked at that time, has the meeting.
 
-        What is older than what we know is no news. Of another server's home it is no news either if
-        that is a claim, or a meeting that was created later. What is left takes the place of what
-        we know.
+        That is ignored
+
+        - if we have heard something newer
+        - if the home of the meeting is a claim of another server
+        - if its home is another server, where it was created later than here
+
+        Otherwise it takes the place of what we knew.
         """
         with self.lock:
-            # what was told last, be it of a server that is lost by now; `home`, below, is what ties
-            # the meeting to a server now, and that may be a claim
+            # what we heard last, perhaps of a server that is lost by now: then it is not the home
             known = self.meetings.get(info.meeting_id)
             denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
@@ -1436,15 +1521,14 @@ class Directory:
             home = self.home(info.meeting_id)
             first_heard = self.clock()
             if home and home.server is not server:
-                # a claim stays; of two meetings the one that was created later counts. If that is
-                # `info`, it takes the other's place, as first heard of now
+                # two meetings of one ID: the one that was created later counts
                 if isinstance(home, Claim) or home.info.created > info.created:
                     return
             elif known and known.info.created == info.created:
                 first_heard = known.first_heard
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
-            # it is found by its internal ID, too, unless that is the meetingID of another meeting
+            # by its internal ID, too, unless that is the meetingID of another meeting
             other = self.meetings.get(info.internal_id)
             is_taken = other and other.info.meeting_id == info.internal_id
             if info.internal_id and not is_taken:
@@ -1464,11 +1548,11 @@ class Directory:
             self.end_claim(server, meeting_id, asked)
 
     def end_claim(self, server: Server, meeting_id: str, asked: float) -> None:
-        """Note that the server, asked at that time, told whether it has the meeting.
+        """End the server's claim: asked at that time, it has said whether it has the meeting.
 
-        That says nothing of a create that is on its way, or that we gave up only later. (If the
-        server carries out a create even after it said no, there is a twin, which is warned of.) The
-        lock is held.
+        Not if a create is still on its way, or if we gave up waiting for one after that time. (A
+        server that says no, and carries out the create after all, makes a twin, see note_twins.)
+        The lock is held.
         """
         claim = self.claims.get(meeting_id)
         if claim and claim.server is server and not claim.sending and claim.gave_up < asked:
@@ -1477,10 +1561,11 @@ class Directory:
     def learn(
         self, server: Server, infos: Sequence[MeetingInfo], asked: float, is_whole: bool
     ) -> None:
-        """Note what the server, asked at that time, lists.
+        """Note which meetings the server, asked at that time, has listed.
 
-        If the list is whole, it has no other meeting. If not, it confirms what we know, and tells
-        what to ask for.
+        If the list is whole, it has no other meeting. A list that had to be mended may lack some,
+        and have some that do not exist: a name that somebody typed can look like a meeting. So it
+        confirms what we know of this server. What we do not know, it can only hint at.
         """
         listed = {info.meeting_id: info for info in infos}
         with self.lock:
@@ -1494,42 +1579,42 @@ class Directory:
                     if tie.server is server and key not in told:
                         self.forget(server, key, asked)
             else:
-                # a name that somebody typed can put what looks like a meeting into such a list, see
-                # `mend`
                 for meeting_id in listed:
                     home = self.home(meeting_id)
                     if home is None:
-                        # a hint, so old that the servers are asked
+                        # a hint. As it is older than everything, the next call for this meeting
+                        # asks the servers first, and any answer counts more
                         self.remember(server, MeetingInfo(meeting_id), LONG_AGO)
                     elif (
                         isinstance(home, Meeting)
                         and home.server is server
                         and home.asked > LONG_AGO
                     ):
-                        # what we know better is confirmed
+                        # a server has said so, so this is no mere hint: it is confirmed
                         self.remember(server, home.info, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
-            # still under the lock: else a create could see this server as it was, down for long,
-            # and go elsewhere
+            # under the same lock as the meetings: between the two a create would take this server
+            # for lost, and begin one of its meetings elsewhere
             self.note_shown_up(server, asked)
 
     def drop_old(self, old: float) -> None:
-        """Drop what would grow for ever, and counts no more, from before this time.
+        """Drop what is older than this time and counts no more, as it would grow for ever.
 
         The lock is held.
         """
-        # it is believed for a second: what goes too early is asked again
+        # an absence is believed for a second only. If one goes too early, it is asked for again
         self.absent.clear()
-        # it guards against a yes that was asked for earlier and comes later. Only slow DNS could
-        # make a question take so long; then a wrong yes counts until the next survey
+        # a denial is needed as long as a yes may come that was asked for before it. A question
+        # takes 16 s at most; only slow DNS can make it longer than MEETING_TTL. Then a wrong yes
+        # counts until the next survey
         self.denials = {key: when for key, when in self.denials.items() if when > old}
         # twins that no survey has found since
         self.twins = {key: when for key, when in self.twins.items() if when > old}
         for key, claim in list(self.claims.items()):
-            # of a server that was taken out of the list, and not put back
+            # claims of servers that were taken out of the list and not put back
             is_over = not claim.sending and claim.gave_up < old
             if is_over and claim.server not in self.servers:
                 del self.claims[key]
@@ -1537,16 +1622,19 @@ class Directory:
     def note_shown_up(self, server: Server, asked: float) -> None:
         """Note that a survey, asked at that time, shows that the server is up."""
         with self.lock:
-            # the server itself counts: if it was up already, nobody has come back
+            # any server, also this one: if it was up already, it does not come back now
             was_any_up = any(each.is_up for each in self.servers)
             server.note_up(asked)
             if server.is_up and not was_any_up:
                 self.recovered = self.clock()
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
-        """Warn of meetings that run on another server, too, for two surveys. We end neither."""
+        """Warn of twins: meetings that run on two servers, as two surveys running have found.
+
+        The newer one counts. We end neither. The lock is held.
+        """
         up = [other for other in self.servers if other.is_up]
-        # server.listed is still that of the survey before
+        # server.listed is still the list of the survey before this one
         for meeting_id in server.listed.keys() & listed:
             on = [str(other) for other in up if meeting_id in other.listed]
             if len(on) < 2:
@@ -1558,52 +1646,15 @@ class Directory:
 
     # -- which server a create must go to
 
-    def is_lost(self, server: Server) -> bool:
-        """Whether the server's meetings may begin anew elsewhere.
-
-        It was taken out of the list, or has been down for HOLD. If all servers were down, our own
-        network may have failed: then HOLD counts from the moment when the first one came back.
-        (What was lost long before is held once more, too, which is accepted: for example if one of
-        two servers has been down for an hour when the other one fails and returns.)
-        """
-        if server not in self.servers:
-            return True
-        if not server.is_down:
-            return False
-        # `since` is read after the state, because note_down writes it before the state. self.clock
-        # is time.monotonic, as in Server; only a test has another one
-        since = max(server.since, self.recovered)
-        return self.clock() - since >= HOLD
-
-    def home(self, meeting_id: str) -> Meeting | Claim | None:
-        """What ties a meeting to a server, so that a create must go there; None if nothing does."""
-        with self.lock:
-            claim = self.claims.get(meeting_id)
-            if claim and (claim.sending or not self.is_lost(claim.server)):
-                return claim
-            known = self.meetings.get(meeting_id)
-            if known and not self.is_lost(known.server):
-                return known
-            return None
-
-    def lost_server(self, meeting_id: str) -> Server | None:
-        """The server that had a meeting, but has been down for so long that it may begin anew."""
-        last = self.claims.get(meeting_id) or self.meetings.get(meeting_id)
-        if last is None:
-            return None
-        if last.server not in self.servers:
-            return None
-        return last.server if self.is_lost(last.server) else None
-
     def assign_known(self, meeting_id: str, tried: Servers) -> tuple[Server, str] | None:
-        """As `assign`, for a meeting whose home is known well enough.
+        """Like `assign`, for a meeting whose home is known well enough.
 
-        None if the servers must be asked for it first.
+        None if the servers must be asked for the meeting first.
         """
         with self.lock:
             home = self.home(meeting_id)
             oldest = self.clock() - MEETING_TTL
-            # a cordoned server is always asked: what has ended there must begin elsewhere
+            # a cordoned server is always asked: a meeting that has ended there must begin elsewhere
             if home is None or home.server.entry.cordoned or home.asked < oldest:
                 return None
             return self.add_claim(meeting_id, home.server, home.why, tried)
@@ -1611,10 +1662,10 @@ class Directory:
     def assign(
         self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
     ) -> tuple[Server, str]:
-        """The server for a create, and why: it has a claim from now on.
+        """Choose the server for a create, and give it a claim. Return it, and why it is this one.
 
-        It is the one that has the meeting, or may have it; else one for a new meeting, see
-        `choose`. The servers were asked for the meeting at the time `asked`.
+        All servers were asked for the meeting at the time `asked`. The home of the meeting gets the
+        create, or, if there is none, a server that `choose` chooses.
 
         Raises Unavailable if that server is down, or was tried in vain; or if it is cordoned, and
         has not said that it has the meeting.
@@ -1625,25 +1676,27 @@ class Directory:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
             if home.server.entry.cordoned and home.asked < asked:
-                # it did not answer: a yes would have made `home` newer, a no would have ended it. A
-                # server that is not cordoned would get the create all the same. This one must not,
-                # as it would begin anew what may have ended
+                # it did not answer: a yes would have made `home` newer, a no would have removed it.
+                # If it were not cordoned, it would get the create all the same. But the meeting may
+                # have ended, and on a cordoned server it must not begin anew
                 raise Unavailable(f"{home.server} (cordoned, and silent)")
             return self.add_claim(meeting_id, home.server, home.why, tried)
 
     def add_claim(
         self, meeting_id: str, server: Server, why: str, tried: Servers
     ) -> tuple[Server, str]:
-        """Give this server, to which a create will be sent, a claim. The lock is held.
+        """Give the server a claim, as a create will be sent to it. The lock is held.
 
-        Raises Unavailable if it is down, or was tried in vain.
+        Returns the server, and why it is this one. Raises Unavailable if it is down, or was tried
+        in vain.
         """
         if server.is_down:
             raise Unavailable(f"{server} (held)")
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # the claim of a server that is lost, or `home` would have returned it, is replaced
+        # a claim of another server is that of a lost one, or `home` would have returned it. It is
+        # replaced
         if not claim or claim.server is not server:
             claim = Claim(server)
         claim.sending += 1
@@ -1651,14 +1704,15 @@ class Directory:
         return server, why
 
     def release(self, meeting_id: str, may_have: bool, info: MeetingInfo | None = None) -> None:
-        """Note that a create has come to its end.
+        """Note that a create, for which `add_claim` was called, has come to its end.
 
-        `info` is what a successful create told. It counts as asked now: who was asked while it was
-        on its way may have said no.
+        `info` is what the server said of the meeting, if the create was a success. It counts as
+        asked now, because a question that was asked while the create was on its way may have got a
+        no.
 
-        `may_have`: the server may have carried out the create without telling. Then the claim stays
-        until the server says that it has no such meeting, or is lost. Otherwise the claim ends,
-        unless another create is on its way, or an earlier one may have been carried out.
+        `may_have`: the server may have carried out the create, but has not said so. Then the claim
+        stays until the server says whether it has the meeting, or is lost. Otherwise the claim
+        ends, unless another create is on its way, or an earlier one may have been carried out.
         """
         with self.lock:
             claim = self.claims[meeting_id]
@@ -1674,24 +1728,26 @@ class Directory:
     # -- where a new meeting goes
 
     def any_up(self) -> Server:
-        """A server for a join of a meeting that is nowhere. Raises Unavailable if none is up."""
+        """The first server that is up. Raises Unavailable if none is."""
         for server in self.servers:
             if server.is_up:
                 return server
         raise Unavailable()
 
     def choose(self, tried: Servers, asked: float, parent: Server | None) -> tuple[Server, str]:
-        """A server for a new meeting, and why it. The lock is held.
+        """Choose the server for a new meeting. Return it, and why it is this one.
 
-        A breakout room's is its parent's. Else it is one of those that answered a question of the
-        time `asked` or later, and were not tried in vain. An error page will do: some servers give
-        one for any meeting that they do not have. Raises Unavailable if there is none.
+        A breakout room goes to its parent's server. Any other meeting goes to a server that has
+        reacted to a question of the time `asked` or later, and was not tried in vain. An error page
+        is enough of a reaction: some servers answer with one if they do not have a meeting.
+
+        Raises Unavailable if there is none. The lock is held.
         """
         if parent is not None:
             return parent, "parent's"
         answering = [server for server in self.servers if server.reacted >= asked]
         able = [server for server in answering if server.is_able and server not in tried]
-        # one in doubt, or a slow one, is better than none: one bad room must not stop all new ones
+        # if all are in doubt, or slow, one of them gets it: one bad room must not stop all others
         best = [server for server in able if not server.doubts and server.took < SLOW]
         able = best or able
         if self.placement == "load":
@@ -1706,27 +1762,27 @@ class Directory:
         raise Unavailable("no server can take a new meeting")
 
     def least_loaded(self, able: Servers) -> list[Server]:
-        """Those of these servers with the least load."""
-        # never three in a row: else one that comes back empty would get all that begins
+        """Those of these servers that have the least load."""
+        # no server gets three in a row: one that comes back empty would get all that begin
         others = [server for server in able if self.last_two != [server, server]]
         loads = {server: self.load(server) for server in others or able}
         least = min(loads.values(), default=0)
         return [server for server in loads if loads[server] == least]
 
     def load(self, server: Server) -> float:
-        """A server's people, and room for those that still come, divided by its weight.
+        """The people on a server, and those that are expected, divided by its weight.
 
-        Breakout rooms do not count, as their people are in the room, too. The lock is held.
+        Breakout rooms do not count: their people are in the main room, too. The lock is held.
         """
-        # for each meeting that is being created there, or may have been
+        # expected: in each meeting that is being created there, or may have been
         people = EXPECTED * sum(claim.server is server for claim in self.claims.values())
         for key, meeting in self.meetings.items():
-            # a create tells nothing of people, but the last survey did
+            # the last survey counts, if it knew the meeting: a create tells nothing of people
             info = server.listed.get(key, meeting.info)
-            # each meeting is here by two IDs
+            # each meeting is in self.meetings by two IDs: it counts once
             is_ours = meeting.server is server and key == info.meeting_id
-            # whether it was in the server's last list, or we heard of it later. (A list that had to
-            # be mended makes us forget nothing, see `learn`, but what it lacks does not count here)
+            # it is in the server's last list, or we heard of it later. (What is not in a list that
+            # had to be mended is not forgotten, see `learn`; but it does not count here)
             is_current = key in server.listed or meeting.asked >= server.surveyed
             if is_ours and is_current and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
@@ -1736,27 +1792,27 @@ class Directory:
     # -- asking
 
     def ask(self, servers: Servers, call: ApiCall) -> Iterator[tuple[Server, Answer]]:
-        """Ask these servers at once; yield each with its answer, as they come.
+        """Ask all these servers at the same time. Yield each with its answer, as they come.
 
-        Who gives no usable answer, or takes too long, is left out.
+        A server that gives no usable answer, or takes too long, is left out.
         """
         return self.send_all([(server, call) for server in servers])
 
     def send_all(self, calls: Sequence[tuple[Server, ApiCall]]) -> Iterator[tuple[Server, Answer]]:
-        """As `ask`, but with a call for each server, all of one name."""
+        """Like `ask`, but each server gets a call of its own. All calls have the same name."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         seconds = CONNECT_TIMEOUT + LONG_TIMEOUT
         if all(call.route.is_read and not call.route.is_long for _, call in calls):
-            # rather an answer that lacks a slow server than one that comes late
+            # a quick answer that lacks a slow server is better than a late one
             seconds = PROBE_TIMEOUT
         deadline = time.monotonic() + seconds
 
         def ask_one(server: Server, call: ApiCall) -> None:
             answer = None
-            # what waited too long for a thread is not sent any more. But what is sent has its own
-            # time: who answers too late for us still shows that it is up
+            # not if it waited too long for a thread. Once it is sent, it has the usual time for an
+            # answer: a server that answers too late for us shows that it is up all the same
             if time.monotonic() < deadline:
-                # a copy, for the server's own note
+                # a copy, as each server writes its own note into it
                 answer = attempt(call.name, server.call, replace(call), "asked")
             answers.put((server, answer))
 
@@ -1766,7 +1822,8 @@ class Directory:
                 self.threads.submit(ask_one, server, call)
         for _ in calls:
             try:
-                # after a pause of our machine what came meanwhile counts: all have LATE together
+                # after a pause of our machine, too, we look at what has come: for LATE at most, all
+                # of them together
                 timeout = max(LATE / len(calls), deadline - time.monotonic())
                 server, answer = answers.get(timeout=timeout)
             except queue.Empty:
@@ -1775,25 +1832,28 @@ class Directory:
                 yield server, answer
 
     def ask_for(self, meeting_id: str, servers: Servers) -> None:
-        """Ask these servers for a meeting, until one says that it has it. Note what they say."""
+        """Ask these servers for the meeting, and note what they say.
+
+        Returns as soon as one of them has said that it has the meeting, and counts as its home.
+        """
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
         have_it: dict[Server, MeetingInfo] = {}
         for server, answer in self.ask(servers, call):
             info = info_by(answer)
             if info is None and answer.returncode == "SUCCESS":
-                # it cannot be read, but is a yes
+                # this cannot be read, but it is a yes
                 info = MeetingInfo(meeting_id)
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 have_it[server] = info
             elif answer.returncode == "FAILED":
-                # that can only mean that it has no such meeting: a checksumError is not usable
+                # it has no such meeting: a checksumError, the only other reason, is not usable
                 self.forget(server, meeting_id, asked)
-            # else it is another meeting: BBB takes the beginning of an internal ID, too, and looks
-            # for that first. So it is neither a yes nor a no
+            # (else it told of another meeting: BBB first looks for a meeting whose internal ID
+            # begins like this ID. That is neither a yes nor a no)
 
-            # again after each answer: the yes of A does not count while B has a claim, or a newer
-            # meeting; but it does as soon as B says no
+            # every yes is noted again after each answer. While B has a claim, or a newer meeting,
+            # the yes of A is ignored; but once B has said no, it counts
             for each, its_info in have_it.items():
                 self.remember(each, its_info, asked)
             home = self.home(meeting_id)
@@ -1801,9 +1861,10 @@ class Directory:
                 return
 
     def probe(self, meeting_id: str) -> float:
-        """Ask all servers that are not down for a meeting. Return the time when they were asked.
+        """Ask all servers that are not down for the meeting. Return when they were asked.
 
-        What they say is noted. Who asks for the same meeting meanwhile shares that.
+        What they say is noted. Callers that ask for the same meeting at the same time share one
+        probe.
         """
         mine: futures.Future[float] = futures.Future()
         # one step in Python
@@ -1814,10 +1875,10 @@ class Directory:
         try:
             self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
             if self.home(meeting_id) is None:
-                # a server that had not answered yet may have it: its first survey tells
+                # an unknown server may have it, and not have answered: its first survey tells
                 self.wait_until_known()
         finally:
-            # whatever happens, nobody waits for ever
+            # whatever happens, those that share it must not wait for ever
             del self.probes[meeting_id]
             mine.set_result(asked)
         return asked
@@ -1826,7 +1887,7 @@ class Directory:
         """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
-            # `surveyed` is set a moment earlier: a survey may still ask for the version
+            # (`surveyed` is set first: a survey then goes on, and asks for the version)
             if all(
                 server.surveyed or server.first_survey_ended or server.is_down
                 for server in self.servers
@@ -1835,9 +1896,10 @@ class Directory:
             time.sleep(0.02)
 
     def find(self, meeting_id: str) -> tuple[Server | None, str]:
-        """The meeting's server, and how we know; None if no server says that it has it.
+        """The meeting's server, and how we know; None if no server says that it has the meeting.
 
-        Raises Unavailable if its server went down not long ago, or if nobody answers.
+        Raises Unavailable if the meeting is held for a server that is down, or if no server
+        answers.
         """
         now = self.clock()
         home = self.home(meeting_id)
@@ -1849,11 +1911,12 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # one answer is enough: if we knew the meeting on a silent server, that would be its
-                # home; and `probe` has waited until each has told once what it has
+                # one usable answer is enough to say "nowhere": `probe` has waited until each server
+                # has told once what it has, so a silent one that has it would be its home. (An
+                # error page, which counts in `choose`, does not count here)
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
-                # not believed for long if servers are slow, as it counts from the question
+                # (if servers are slow, its ABSENCE_TTL is over before they answer)
                 self.absent[meeting_id] = asked
         if home is None:
             return None, "nowhere"
@@ -1863,9 +1926,9 @@ class Directory:
 
 
 def survey(directory: Directory, server: Server) -> None:
-    """Ask a server which meetings it runs: that shows whether it is up, and where meetings are.
+    """Ask a server which meetings it runs. That shows whether it is up, and where meetings are.
 
-    Raises Unavailable.
+    Raises Unavailable if it gives no usable answer.
     """
     was_up = server.is_up
     asked = directory.clock()
@@ -1873,20 +1936,21 @@ def survey(directory: Directory, server: Server) -> None:
     root, is_whole = parse(answer)
     if answer.returncode != "SUCCESS":
         key = root.findtext("messageKey", "")
-        # not `asked`, which is a moment older than Server.answered is now: note_down would take it
-        # for old news
+        # now, not `asked`: this very answer has set Server.answered to a moment after `asked`, and
+        # note_down would ignore what is older
         server.note_down(f"it answers getMeetings with {key!r:.80}", directory.clock())
         return
     if root.find("meetings") is None:
-        # it is up, but what it told is cut short, or too much: that says nothing of its meetings
+        # the answer is cut short or much too large. It says SUCCESS, so the server is up, but tells
+        # nothing about its meetings
         directory.note_shown_up(server, asked)
         return
     told = map(info_in, root.iterfind("meetings/meeting"))
     infos = [info for info in told if info.meeting_id]
     directory.learn(server, infos, asked, is_whole)
     if not was_up or not server.version:
-        # it may have been upgraded. The call without a name tells the version, to anybody: BBB does
-        # not look at its checksum
+        # it may be a new version. The call without a name tells it to anybody: BBB does not look
+        # at its checksum
         root, _ = parse(server.call_unlimited(ApiCall("")))
         server.version = re.sub("[^!-~]", "", root.findtext("bbbVersion", ""))
 
@@ -1894,7 +1958,7 @@ def survey(directory: Directory, server: Server) -> None:
 def watch(directory: Directory, server: Server) -> None:
     """Survey a server again and again, until it is taken out of the list.
 
-    Each has a thread of its own for that: a slow one delays no other.
+    Each server has a thread for that: so a slow server delays no other.
     """
     while server in directory.servers:
         server.wake.clear()
@@ -1902,51 +1966,52 @@ def watch(directory: Directory, server: Server) -> None:
         server.first_survey_ended = True
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
         if server.wake.wait(seconds):
-            # it went down just now
+            # it has just gone down
             time.sleep(FIRST_RETRY)
 
 
 # ---- lists: parsed, merged, written again --------------------------------------------------------
 
+# BBB's XML is not always well-formed: it makes elements of what people type in the names of
+# parameters, userdata-NAME of a join and meta_NAME of a create. For userdata-a+b=x it writes
+# <customdata><a b>x</a b></customdata>.
+
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A user can type
-# "<![CDATA[" as the name of custom data, too: BBB then writes <<![CDATA[>x</<![CDATA[>, and such a
-# false section runs on to the end of the next true one. So a section is taken only if there is no
-# end of one of these elements in it, and no begin of another section. It is bounded, as each
-# character costs some memory while its end is looked for.
+# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. False ones can be
+# typed: for userdata-%3C![CDATA[=x BBB writes <<![CDATA[>x</<![CDATA[></customdata></attendee>...,
+# and to a parser that section ends only with the next true one, "]]>". So what stands in a section
+# may neither end one of these elements nor begin a section. Its length is bounded, because each
+# character costs some memory while the end is looked for.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
     r"|<!\[CDATA\[).){0,100000}?)\]\]>",
     re.DOTALL,
 )
-# The elements whose children have the names that people typed.
+# The elements whose children have names that people typed.
 CUSTOM = ("customdata", "metadata")
-# What a list has in it.
+# Lists, and what each item of them is called.
 ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
-# Nothing of BBB is nested so deep; and a thousand deep is more than ElementTree can write.
+# Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
-# What no answer of BBB has, but a typed name can make: an element so deep; or one within custom
-# data that has children.
+# What only typed names can make: an element so deep, or custom data with children.
 ODD_PATHS = ("/".join("*" * MAX_DEPTH), ".//customdata/*/*", ".//metadata/*/*")
-# No real list has so many tags. An answer of 32 MiB of tiny elements would need gigabytes when it
-# is parsed.
+# No real list has so many tags. To parse 32 MiB of tiny elements would take gigabytes.
 MAX_TAGS = 2_000_000
 
 
 def parse(answer: Answer) -> tuple[ET.Element, bool]:
-    """The <response> of an answer of BBB, an empty one if there is none; and whether it is whole.
+    """The <response> of BBB's answer, an empty one if there is none; and whether it is whole.
 
-    It is not if something in it had to be mended.
+    It is not whole if it had to be mended, was cut short, or is no answer of BBB.
     """
     if not answer.returncode or answer.body.count(b"<") > MAX_TAGS:
         return ET.Element("response"), False
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # BBB makes names of elements of typed names, and writes no comment or instruction. So what
-    # still looks like the begin of a section, a comment or an instruction is a piece of a typed
-    # name. A parser could take all that follows for a part of it, ends of elements too: the text
+    # BBB writes no comments and no instructions. So if anything still looks like the begin of one,
+    # or of a section, it was typed. A parser could skip what follows, and lose meetings: the text
     # must be mended
     if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
@@ -1962,41 +2027,53 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 def mend(text: str) -> ET.Element:
     """What can be read of XML that is not well-formed.
 
-    BBB makes names of elements of what people typed: userdata-NAME of a join, meta_NAME of a
-    create. So a tag that no parser takes is left out; so is an end without a begin. An element that
-    is still open ends with the one around it.
+    A tag that no parser takes is left out, and so is an end without a begin. An element that is
+    still open ends together with the one around it.
     """
     root = ET.Element("response")
+    # the elements whose end has not come yet, the innermost last
     opened = [root]
-    # a typed name could hold the end of the list: that ends with the text
+    # the end of a list could be a typed name. It is not needed: the list ends with the text
     text = re.sub("</(meeting|recording)s>", "", text)
     pieces = re.split("(<[^<>]*>)", text)
-    # they are: text, the root's tag, text, a tag, text, and so on
+    # these are: text, the tag of the root, text, a tag, text, and so on
     for tag, behind in zip(pieces[3::2], pieces[4::2]):
         parent = opened[-1]
-        is_custom = parent.tag in CUSTOM
         if tag.startswith("</"):
-            name = tag[2:-1]
-            # in custom data two ends count: its own; and that of the meeting or recording, lest a
-            # typed name hide the next one. All others are of typed names, and so is this one if it
-            # is that of the last child
-            is_childs = len(parent) > 0 and parent[-1].tag == name
-            is_typed = is_custom and (is_childs or name not in ITEM_OF.values())
-            ending = [parent] if is_typed else opened[1:]
-            if name in [element.tag for element in ending]:
-                while opened.pop().tag != name:
-                    pass
+            end_element(opened, tag[2:-1])
         elif len(opened) < MAX_DEPTH:
             # ValueError: the text has a reference with thousands of digits
             with suppress(ET.ParseError, ValueError):
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
-                # nothing is nested in custom data; nor, in a list, in what is no item of it
+                # custom data has no children; nor has, in a list, what is no item of that list
                 is_stray = parent.tag in ITEM_OF and ITEM_OF[parent.tag] != element.tag
-                if not is_custom and not is_stray and not tag.endswith("/>"):
+                if parent.tag not in CUSTOM and not is_stray and not tag.endswith("/>"):
                     opened.append(element)
     return root
+
+
+def end_element(opened: list[ET.Element], name: str) -> None:
+    """Close the open element that an end tag of this name ends, and all that is open in it.
+
+    Outside of custom data that is the innermost one of this name. The children of custom data are
+    never open, as they have no children: so within it every end belongs to a typed name, but for
+
+    - </customdata> or </metadata>, its own
+    - </meeting> or </recording>, which ends the item around it: whatever was typed, the next item
+      must not be taken for a part of this one. But behind a child <meeting> it is that child's end
+    """
+    parent = opened[-1]
+    # not the root, which ends with the text
+    may_end = opened[1:]
+    if parent.tag in CUSTOM:
+        is_childs = len(parent) > 0 and parent[-1].tag == name
+        if is_childs or name not in ITEM_OF.values():
+            may_end = [parent]
+    if name in [element.tag for element in may_end]:
+        while opened.pop().tag != name:
+            pass
 
 
 def number(text: str | None) -> int:
@@ -2016,7 +2093,7 @@ def info_in(item: ET.Element) -> MeetingInfo:
 
 
 def info_by(answer: Answer) -> MeetingInfo | None:
-    """What a SUCCESS says of one meeting; None if it is none, or names none."""
+    """What a SUCCESS says of one meeting; None if it is no SUCCESS, or names no meeting."""
     if answer.returncode != "SUCCESS":
         return None
     root, _ = parse(answer)
@@ -2029,12 +2106,11 @@ class ListShape(NamedTuple):
 
     tag: str
     item: str
-    # the element whose text tells one item from another; "" if there is none, and each is one of
-    # its own
+    # items that have the same text in this element are the same; "" if no two items ever are
     identity: str
-    # the element with a number that is the greater the newer the item is; or ""
+    # the element with the time of the item, by which they are sorted; "" if there is none
     newest: str
-    # what stands in the answer if there is nothing, to the letter, typing errors too
+    # what the answer has if there is no item: BBB's own words, with its typing errors
     empty: str
 
 
@@ -2070,24 +2146,24 @@ LISTS = {
 def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     """The items of a server's list; None if the answer has no such list."""
     if answer.status == 404:
-        # only a 404 to hooks/list gets here, as that is not is_xml in ROUTES: a BBB without
-        # webhooks
+        # a BBB without webhooks. (This can only be hooks/list: of the other lists, which are is_xml
+        # in ROUTES, a 404 is no usable answer)
         return []
     root, is_whole = parse(answer)
     found = root.find(shape.tag)
     if found is None:
         return None
     items = found.findall(shape.item)
-    # a list that had to be mended may have lost items. Of meetings the others count all the same.
-    # But a recording that is lost would be taken for deleted; and nobody types names into a list of
-    # hooks, so one that must be mended is broken
+    # a list that had to be mended may have lost items. Of meetings the others are still useful. But
+    # a front end would take a lost recording for a deleted one. And a list of hooks has no names
+    # that people typed: if it must be mended, it is broken
     has_all = shape.item == "recording" and answer.body.count(b"<recordID>") == len(items)
     is_usable = is_whole or has_all or shape.item == "meeting"
     return items if is_usable else None
 
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
-    """The items of several servers, the newest first; of one identity only the newest."""
+    """The items of several servers, the newest first. Of items that are the same, the newest."""
 
     def age(item: ET.Element) -> int:
         return -number(item.findtext(shape.newest))
@@ -2095,7 +2171,7 @@ def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Elemen
     every = [item for items in lists for item in items]
     merged: dict[object, ET.Element] = {}
     for item in sorted(every, key=age):
-        # findtext finds no element named ""
+        # without an identity the item itself is the key: findtext("") finds nothing
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
 
@@ -2104,7 +2180,7 @@ def write_list(shape: ListShape, items: Sequence[ET.Element], more: str = "") ->
     """BBB's answer that has these items."""
     element = ET.Element(shape.tag)
     element.extend(items)
-    # in ASCII, its default, ElementTree would write the name of an element as &#228;
+    # not in ASCII, its default: ElementTree would write an "ä" in the name of an element as &#228;
     text = ET.tostring(element, "unicode") if items else shape.empty
     return success(text + more)
 
@@ -2119,11 +2195,8 @@ def success(inner: str) -> Answer:
 def create(directory: Directory, call: ApiCall) -> Answer:
     """To the server that has the meeting, or may have it; a new meeting is placed.
 
-    If the chosen server cannot be reached, it goes to the next one; but while another create of
-    that meeting is still on its way to the chosen server, it fails.
-
-    Raises Unavailable if a server may have carried it out without telling: then it is not tried
-    elsewhere.
+    If that server cannot be reached, the next one gets the create. But if a server may have carried
+    it out, and has not said so, Unavailable is raised: it is not tried elsewhere.
     """
     deadline = directory.clock() + LONG_TIMEOUT
     tried: set[Server] = set()
@@ -2141,19 +2214,22 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             return answer
         except NotCarriedOut:
             may_have = False
-            # in the second half another server would have too little time
+            # if half of the time is over, the rest is too short for another server
             if directory.clock() > deadline - LONG_TIMEOUT / 2:
                 raise
+            # if another create of this meeting is on its way to that server, its claim stays. Then
+            # `place` comes to this server again, and raises Unavailable
             tried.add(server)
         finally:
-            # its claim ends, or stays if it may have carried out the create
+            # the claim ends, or stays if the server may have carried out the create
             directory.release(call.meeting_id, may_have, info)
 
 
 def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, str]:
-    """The server for a create that was tried on these in vain, and why that one. It has a claim.
+    """Choose the server for a create that these were tried for in vain, and give it a claim.
 
-    All servers are asked first, unless the meeting's is known. Raises as Directory.assign does.
+    All servers are asked for the meeting first, unless its home is known. Returns the server, and
+    why it is this one. Raises Unavailable like Directory.assign.
     """
     placed = directory.assign_known(call.meeting_id, tried)
     if placed:
@@ -2170,12 +2246,11 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
 
 
 def join(directory: Directory, call: ApiCall) -> Answer:
-    """A browser is sent to the meeting's server itself, for its cookie.
+    """A browser is sent to the meeting's server, which it must reach itself, for its cookie.
 
-    Nobody asks that server first: if it died a moment ago, the browser sees that for itself. A
-    program may want the answer.
+    We do not ask that server first: if it died a moment ago, the browser will see that.
     """
-    # to BBB every word but "true" is false
+    # a program may want BBB's answer instead. To BBB every word but "true" means false
     if call.params.get("redirect", "").lower() not in ("", "true"):
         return relay(directory, call)
     try:
@@ -2183,8 +2258,8 @@ def join(directory: Directory, call: ApiCall) -> Answer:
         if server is None:
             lost = directory.lost_server(call.meeting_id)
             if lost and call.wants_html:
-                # the pupil waits on the retry page, until the room begins elsewhere, or the server
-                # comes back. A program gets BBB's "no such meeting", so that it can create the room
+                # the pupil waits on the retry page until the room begins elsewhere, or the server
+                # comes back. (A program gets BBB's "no such meeting", and can create the room)
                 raise Unavailable(f"{lost} (down for long)")
             server = directory.any_up()
     except Unavailable as error:
@@ -2199,8 +2274,8 @@ def join(directory: Directory, call: ApiCall) -> Answer:
 def relay(directory: Directory, call: ApiCall) -> Answer:
     """To the meeting's server.
 
-    If that denies it, it is asked whether it has the meeting; and if it has not, so are the others,
-    before the denial is passed on.
+    If its answer could mean that it does not have the meeting, that is made sure of before the
+    answer is passed on; and if it does not have it, the others are asked.
     """
     if not call.meeting_id:
         return relay_anywhere(directory, call)
@@ -2210,8 +2285,8 @@ def relay(directory: Directory, call: ApiCall) -> Answer:
     answer = server.call(call, why)
     if not is_denial(call, answer):
         return answer
-    # the refusal may have another reason, so the server is asked whether it has the meeting. Only
-    # if it says no is that forgotten, and find asks the others
+    # it may have another reason. So the server is asked whether it has the meeting; only if it says
+    # no, that is forgotten, and `find` asks the others
     directory.ask_for(call.meeting_id, [server])
     other, _ = directory.find(call.meeting_id)
     if other is None or other is server:
@@ -2222,7 +2297,7 @@ def relay(directory: Directory, call: ApiCall) -> Answer:
 def is_denial(call: ApiCall, answer: Answer) -> bool:
     """Whether the answer could mean that the meeting is not there.
 
-    The redirect is that of a join that BBB refuses.
+    A join that BBB refuses can be a redirect.
     """
     if call.name == "isMeetingRunning":
         return b"<running>false" in answer.body
@@ -2230,10 +2305,10 @@ def is_denial(call: ApiCall, answer: Answer) -> bool:
 
 
 def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Answer:
-    """A call about no meeting that we know: to the first server that is up, for BBB's own answer.
+    """A call that needs no certain server: to the first one that is up, for BBB's own answer.
 
-    If that cannot be reached, to the next one; but no more once CONNECT_TIMEOUT is over, so that no
-    caller waits for two silent servers.
+    If that cannot be reached, to the next one; but not after CONNECT_TIMEOUT, so that no caller
+    waits for two silent servers.
     """
     deadline = directory.clock() + CONNECT_TIMEOUT
     note = "no server is up"
@@ -2244,8 +2319,8 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
             try:
                 return server.call(call, why)
             except NotCarriedOut as error:
-                # not the error itself: it would hold this frame, and this frame the error; and both
-                # the body of the call, until Python looks for such circles
+                # the error itself is not kept. It refers to this function's variables: as one of
+                # them, it would keep the call's body in memory until the garbage collector runs
                 note = error.note
     raise Unavailable(note)
 
@@ -2254,12 +2329,12 @@ def relay_anywhere(directory: Directory, call: ApiCall, why: str = "any") -> Ans
 
 
 def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
-    """The usable answers of the servers that do not refuse the call, in the order of the list.
+    """Ask all servers. Return the usable answers that are no refusals, in the order of the list.
 
-    Raises Unavailable if there is none. If all servers refuse, raises ApiError with a page: the
-    caller gets BBB's own words.
+    Raises Unavailable if there is none. If all servers refuse, raises ApiError with one of their
+    refusals as its page: so the caller gets BBB's own words.
     """
-    # a reload puts another list in its place
+    # looked up once: Directory.use may put another list there at any moment
     every = directory.servers
     servers = [server for server in every if not server.is_down]
     heard = dict(directory.ask(servers, call))
@@ -2268,7 +2343,7 @@ def ask_all(directory: Directory, call: ApiCall) -> dict[Server, Answer]:
         if server in heard and heard[server].returncode != "FAILED":
             answers[server] = heard[server]
     call.note = f"{len(answers)} of {len(every)} servers"
-    # all servers answered, and refuse. There is a first one: read_servers takes no empty list
+    # all servers have answered, and refuse. (There is a first one: no list of servers is empty)
     if not answers and len(heard) == len(every):
         raise ApiError("failed", "", note=call.note, page=heard[servers[0]])
     missing = [str(server) for server in every if server not in answers]
@@ -2300,14 +2375,14 @@ def relay_list(directory: Directory, call: ApiCall) -> Answer:
     with directory.merging[call.name]:
         items = merge(shape, lists_in(call, answers).values())
         for item in items:
-            # in a list of hooks; nothing else has a hookID
+            # only a list of hooks has hookIDs
             put_our_id(item, item.findtext("callbackURL", ""))
         return write_list(shape, items)
 
 
 # ---- routes: recordings --------------------------------------------------------------------------
 
-# What BBB writes behind a page of a list. Clients look for the total in either place.
+# What BBB writes after a page of a list. Clients look for the total in either place.
 PAGINATION = (
     "<totalElements>{total}</totalElements><pagination><pageable><offset>{offset}</offset>"
     "<limit>{limit}</limit><paged>true</paged><unpaged>false</unpaged></pageable>"
@@ -2316,7 +2391,7 @@ PAGINATION = (
 
 
 def record_ids(call: ApiCall) -> set[str]:
-    """The recordings that a call means. BBB decodes them a second time; no ID has a % or +."""
+    """The recordIDs in a call. BBB decodes them a second time, so we do; no ID has a % or +."""
     texts = unquote_plus(call.params.get("recordID", "")).split(",")
     return {text.strip() for text in texts} - {""}
 
@@ -2329,10 +2404,10 @@ def ids_in(items: Iterable[ET.Element]) -> set[str]:
 def is_complete(
     directory: Directory, call: ApiCall, lists: Mapping[Server, list[ET.Element]]
 ) -> bool:
-    """Whether nothing is missing in these lists of the recordings that a call means.
+    """Whether these lists have all the recordings that a call is about.
 
-    Nothing is if every server gave its list, or if every recordID asked for is in the lists that
-    came. A front end takes what a SUCCESS lacks for deleted.
+    They do if every server gave its list, or if every recordID that was asked for is in those that
+    came. It matters because a front end takes what a SUCCESS lacks for deleted.
     """
     ids = record_ids(call)
     found = set().union(*map(ids_in, lists.values()))
@@ -2341,11 +2416,11 @@ def is_complete(
 
 
 def get_recordings(directory: Directory, call: ApiCall) -> Answer:
-    """One list of all servers' recordings, and of that the page that is asked for.
+    """One list of all servers' recordings, and of that list the page that is asked for.
 
-    The limits of a page are BBB's.
+    A page has 1 to 100 recordings, as with BBB.
     """
-    # the servers are asked for all pages
+    # each server is asked for its whole list
     call.query = without(call.query, "offset", "limit")
     answers = ask_all(directory, call)
     shape = LISTS[call.name]
@@ -2366,17 +2441,18 @@ def get_recordings(directory: Directory, call: ApiCall) -> Answer:
 
 
 def relay_recording(directory: Directory, call: ApiCall) -> Answer:
-    """A call about recordings: to each server that has some of them.
+    """A call about recordings: to each server that has some of them, its owners.
 
-    One SUCCESS, in XML or JSON, is a SUCCESS: BBB, too, says so if it has only some of the
-    recordings. Raises Unavailable if a server that has some of them, or may have some, does not
-    answer.
+    The caller gets a SUCCESS, in XML or JSON, if there is one: BBB, too, says SUCCESS if it has
+    only some of the recordings. Raises Unavailable if a server that has some of them, or may have
+    some, does not answer.
     """
     ids = record_ids(call)
     if not ids:
         return relay_anywhere(directory, call)
     query = f"recordID={quote_plus(','.join(ids))}&state=any"
-    # a long form stays a form
+    # with this type a form that is too long for a URL stays a form. (Any other type is ignored, as
+    # the question has no body)
     question = ApiCall("getRecordings", query, content_type=call.content_type)
     answers_of = ask_all(directory, question)
     with directory.merging[question.name]:
@@ -2385,7 +2461,7 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     call.note = question.note
     if owners:
         call.note = f"{' and '.join(map(str, owners))} (owner)"
-    # what can be done is done first: a repeat finishes it
+    # first what can be done is done, so that a repeat of the call finishes it
     answers = [answer for _, answer in directory.ask(owners, call)]
     if not is_complete(directory, call, lists) or len(answers) < len(owners):
         raise Unavailable(call.note)
@@ -2398,9 +2474,9 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
 
 
 def hook_id(url: str) -> str:
-    """Our ID of a hook, made from its callback URL alone.
+    """Our ID of a hook, made from its callback URL alone: the same whichever servers are up.
 
-    It is a decimal number below 2**31, as old front ends expect.
+    It is a decimal number below 2**31, as front ends expect.
     """
     digest = hashlib.sha256(url.encode()).digest()
     value = int.from_bytes(digest[:4], "big")
@@ -2408,15 +2484,15 @@ def hook_id(url: str) -> str:
 
 
 def put_our_id(element: ET.Element, url: str) -> None:
-    """Put our ID in the place of a server's, which could be another hook's on another server."""
+    """Put our ID in the place of a server's, a number that another server may use, too."""
     for child in element.findall("hookID"):
         child.text = hook_id(url)
 
 
 def create_hook(directory: Directory, call: ApiCall) -> Answer:
-    """On all servers.
+    """To all servers.
 
-    A SUCCESS if one of them took it; a warning names the rest, and a repeat completes it.
+    It is a SUCCESS if one of them took it. A warning names the others; a repeat completes it.
     """
     answers = ask_all(directory, call)
     for server in directory.servers:
@@ -2431,7 +2507,7 @@ def create_hook(directory: Directory, call: ApiCall) -> Answer:
 
 
 def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
-    """Remove a hook from all servers that have it. "Not found" is said only when all said so."""
+    """Remove a hook from all servers that have it. It is "not found" only if all servers say so."""
     wanted = call.params.get("hookID", "")
     if not wanted:
         raise ApiError("missingParamHookID", "You must specify a hookID in the parameters.")
@@ -2445,7 +2521,7 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
                 calls.append((server, ApiCall(call.name, f"hookID={quote_plus(own_id)}")))
     answers = [answer for _, answer in directory.send_all(calls)]
     removed = sum(answer.returncode == "SUCCESS" for answer in answers)
-    # said of a hook that is not there, and of a permanent one, which is never removed
+    # what a server says of a hook that it does not have, or that is permanent and never removed
     missing = sum(b">destroyMissingHook<" in answer.body for answer in answers)
     call.note = f"removed from {removed} of {len(directory.servers)} servers"
     if removed + missing < len(calls) or not set(directory.servers) <= lists.keys():
@@ -2458,8 +2534,8 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 # ---- routes: the table ---------------------------------------------------------------------------
 
 
-# What is not is_xml may be answered in JSON, or by a 404 that is passed on: by an old BBB that does
-# not know the call, or by one without webhooks.
+# Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them
+# or has no webhooks. So of these every answer is passed on that is no redirect, even a proxy's 502.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
     "join": Route(join),
@@ -2480,17 +2556,18 @@ ROUTES = {
     "hooks/list": Route(relay_list, is_read=True, is_xml=False),
     "hooks/destroy": Route(destroy_hook),
 }
-# Calls that are not in the table, such as those that do not exist yet.
+# For all calls that are not in the table, such as those that do not exist yet.
 OTHER_CALL = Route(relay, is_xml=False)
 
 # ==== Part III: for the admin =====================================================================
 
-# Seconds. Until a browser that waits for a server asks again; for the calls in progress when we
-# stop.
+# Seconds until the page of a browser that waits for a server is loaded again.
 RETRY_AFTER = 5
+# Seconds that the calls in progress may take when we stop.
 DRAIN_TIMEOUT = 10
-# Clients, each with a thread; and those that wait to be accepted when school begins.
+# Connections of clients, each with a thread.
 MAX_CONNECTIONS = 1000
+# Connections that wait to be accepted, for example when school begins.
 BACKLOG = 1024
 # Lines of the log that wait for a slow reader.
 MAX_LOG = 10000
@@ -2544,7 +2621,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def html_answer(status: int, seconds: int, title: str, body: Markup) -> Answer:
-    """A page that is loaded again after so many seconds, and loads nothing else."""
+    """A page that is loaded again after so many seconds, and may load nothing else."""
     page = fill(PAGE, title=title, style=Markup(STYLE), body=body)
     style_hash = hashlib.sha256(STYLE.encode()).digest()
     digest = base64.b64encode(style_hash).decode()
@@ -2571,12 +2648,12 @@ Diese Seite versucht es von selbst weiter.</p>
 """)
 
 
-# For who waits in a browser for a server that is down.
+# What a browser's join gets while the server of the meeting is down.
 RETRY_PAGE = html_answer(503, RETRY_AFTER, "One moment, please", RETRY_TEXT)
 
 
 def version_page(balancer: Balancer) -> Answer:
-    # of BBB's API, not ours
+    # the version of BBB's API, not ours
     return success("<version>2.0</version><apiVersion>2.0</apiVersion>")
 
 
@@ -2592,11 +2669,11 @@ def health(balancer: Balancer) -> Answer:
 
 
 def people_on(server: Server) -> int:
-    # those in a breakout room are in its parent, too
+    # people in a breakout room are in its main room, too
     return sum(info.participants for info in server.listed.values() if not info.is_breakout)
 
 
-# What /metrics tells of each server: what it is, and its value.
+# What /metrics tells of each server: the meaning, and the value.
 FIGURES: dict[str, tuple[str, Callable[[Server], float]]] = {
     "server_up": ("Whether the server answers.", lambda server: server.is_up),
     "server_cordoned": ("Whether it gets no new meetings.", lambda server: server.entry.cordoned),
@@ -2607,7 +2684,7 @@ FIGURES: dict[str, tuple[str, Callable[[Server], float]]] = {
         lambda server: server.certificate_end,
     ),
 }
-# Of a server that is down these are not known.
+# These are not known of a server that is down.
 LIVE_FIGURES = ("server_meetings", "server_participants")
 # What else /metrics tells. The counts of calls follow.
 METRICS = """\
@@ -2632,10 +2709,10 @@ def count_call(balancer: Balancer, call: ApiCall, outcome: str, seconds: float) 
     """Note for /metrics that there was a call, and how long it took."""
     if call.name in PAGES:
         return
-    # who has no secret could make up thousands of names
+    # one name for all others: else a stranger could make thousands of lines
     name = call.name if call.name in ROUTES else "other"
     labels = f'{{call="{name}",outcome="{outcome}"}}'
-    # += is not one step, so it needs a lock: there is one
+    # += is not one step in Python, so it needs a lock
     with balancer.directory.lock:
         balancer.totals["call_seconds_count" + labels] += 1
         balancer.totals["call_seconds_sum" + labels] += seconds
@@ -2699,7 +2776,7 @@ STATUS = """
 </table>
 {rooms}
 """
-# A narrow screen has no room for heads: there each cell shows its title.
+# A narrow screen has no room for the head of the table: there each cell shows its title.
 UP_ROW = """
 <tr>
 <th>{server}</th>
@@ -2794,7 +2871,7 @@ PUBLIC_PAGES = (version_page, health)
 
 # ---- loading: the files and the environment ------------------------------------------------------
 
-# The variables of the environment, some replaced by the command line.
+# The variables of the environment; those that are given on the command line take their place.
 Environment = Mapping[str, str]
 # The variables that we know, and what --help says of them.
 VARIABLES = {
@@ -2810,8 +2887,8 @@ VARIABLES = {
 }
 
 
-# A secret of the front ends with fewer characters is warned of; and what has as many could be a
-# secret in the wrong place, so it is not shown.
+# A secret of the front ends that has fewer characters is warned of. And any setting that has so
+# many could be a secret in the wrong place, so it is not shown.
 MIN_SECRET = 20
 
 
@@ -2820,29 +2897,31 @@ class SettingsError(Exception):
 
 
 def shown(value: str) -> str:
-    """The value of a setting, if it is short, or looks like a path, a name or an address.
+    """The value of a setting as a message may show it.
 
-    Otherwise it could be a secret, or a whole file, in the wrong place: it is hidden.
+    It is hidden unless it is short, or looks like a path, a name or an address: it could be a
+    secret, or a whole file, in the wrong place.
     """
     is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
     return value if len(value) < MIN_SECRET or is_plain else "..."
 
 
 def require(is_right: object, mistake: str) -> None:
-    """Raise SettingsError, with these words, unless something is right."""
+    """Raise SettingsError with these words, unless it is right."""
     if not is_right:
         raise SettingsError(mistake)
 
 
 def read_text(name: str, path: str) -> str:
-    """The text of the file that a variable of this name names; "" if it names none.
+    """The text of the file at this path, which the variable of this name has; "" if it is not set.
 
     Raises SettingsError.
     """
     if not path:
         return ""
     try:
-        # what is no UTF-8 becomes characters that cannot be printed, which no setting may have
+        # bytes that are no UTF-8 become characters that cannot be printed, and such characters are
+        # refused in every setting
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             return file.read()
     except OSError as error:
@@ -2859,8 +2938,8 @@ def base_url(host: object) -> str:
     """A server's URL without /bigbluebutton and what follows; "" if it is no such URL.
 
     bbb-conf prints it in several forms. So "https://bbb1", "https://bbb1/bigbluebutton/" and
-    "https://bbb1/bigbluebutton/api" are the same; "HTTP://[::1]:80/a/b/bigbluebutton" becomes
-    "http://[::1]:80/a/b".
+    "https://bbb1/bigbluebutton/api" all become "https://bbb1"; "HTTP://[::1]:80/a/b/bigbluebutton"
+    becomes "http://[::1]:80/a/b". "https://bbb1/bigbluebutton/a" is none.
     """
     match = re.fullmatch(
         r"(?ai)(https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
@@ -2873,26 +2952,29 @@ def base_url(host: object) -> str:
 
 
 def is_secret(value: object) -> bool:
-    """Whether it may be a secret: printable, not blank, no quote or TINYSCALE_... before it."""
+    """Whether it may be a secret: printable, not blank, and not behind a quote or NAME=."""
     text = str(value).strip()
     is_bare = text.isprintable() and not re.match("$|[\"']|TINYSCALE_", text)
     return isinstance(value, str) and is_bare
 
 
-# A regular expression, see ENTRY_RULES.
+# Which wrong values a message may show, as regular expressions for the value as JSON. An admin may
+# put a secret under a wrong key, and that must not be shown. BBB's secrets are long. So what is
+# shown is short, no list or object, and has no "@", before which a password may stand; or it looks
+# like a host, with no blank, no "@" and no query.
 SHORT_VALUE = "[^@{[]{,20}"
-# A key of an entry of servers.json: what tests its value; what the value must be; and a regular
-# expression for the wrong values, as JSON, that a message may show. An admin may put a secret under
-# a wrong key, and that must not be shown. The secrets of BBB are long, and have only letters and
-# digits. So of most keys a short value may be shown, but no list or object, and nothing with an
-# "@". A host is shown only if it has no blank, no "@" and no query.
+HOST_VALUE = '"[^@#?&=\\s]*[.:][^@#?&=\\s]*"'
+# No JSON is empty, so this matches none.
+NO_VALUE = ""
+# The keys of an entry of servers.json: what tests the value, what the value must be, and which
+# wrong values a message may show.
 ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
-    "host": (
-        base_url,
-        'must look like "https://bbb1.example.org"',
-        '"[^@#?&=\\s]*[.:][^@#?&=\\s]*"',
+    "host": (base_url, 'must look like "https://bbb1.example.org"', HOST_VALUE),
+    "secret": (
+        is_secret,
+        'must be the secret that "bbb-conf --secret" prints on that server',
+        NO_VALUE,
     ),
-    "secret": (is_secret, 'must be the secret that "bbb-conf --secret" prints on that server', ""),
     "weight": (
         lambda value: type(value) is int and 1 <= value <= 100,
         "must be a whole number from 1 to 100",
@@ -2908,13 +2990,13 @@ ENTRY_RULES: dict[str, tuple[Callable[..., object], str, str]] = {
 
 
 def read_servers(path: str) -> tuple[Entry, ...]:
-    """Read servers.json. Raises SettingsError: nothing half valid comes out."""
+    """Read servers.json, all of it or nothing. Raises SettingsError."""
     text = read_text("TINYSCALE_SERVERS", path)
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         mend = "It must be JSON in UTF-8, like servers.json.example."
-        # the commas within strings are no matter
+        # without its strings, in which such a comma is no mistake
         if re.search(r",\s*[\]}]", re.sub(r'"(\\.|[^"\\])*"', "", text)):
             mend = 'A comma stands before a "]" or "}": take it out.'
         raise SettingsError(
@@ -2944,14 +3026,14 @@ def read_entry(where: str, item: Any) -> Entry:
     host = base_url(item.get("host"))
     if host:
         where = f"{where} ({host})"
-    # each name once, and first those that must be there
+    # every key once, and first those that must be there
     for name in dict.fromkeys(["host", "secret", *item]):
-        # what is long could be a secret in the wrong place
+        # a long key could be a secret in the wrong place
         key = f"{where}: {json.dumps(name if len(name) < MIN_SECRET else '...')}"
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule, may_show = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
-        # a secret may stand behind a host
+        # also in a value that may be shown there can be a secret: "https://bbb1.example.org/SECRET"
         found = re.sub("[A-Za-z0-9]{20,}", "...", json.dumps(item[name]))
         if re.fullmatch(may_show, found):
             rule += f", not {found:.99}"
@@ -2961,7 +3043,10 @@ def read_entry(where: str, item: Any) -> Entry:
 
 
 def read_secrets(text: str, path: str) -> tuple[str, ...]:
-    """Our own secrets: those with commas between, and those in a file. Raises SettingsError."""
+    """The secrets of the front ends: those in a text, and those in a file. Raises SettingsError.
+
+    In the text there are commas between them; in the file each has a line.
+    """
     secrets = text.split(",") if text else []
     lines = read_text("TINYSCALE_SECRET_FILE", path).splitlines()
     secrets += filter(str.strip, lines)
@@ -2984,7 +3069,7 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # a pass phrase is never asked for
+        # with no pass phrase: else OpenSSL would ask for one at the terminal, and wait
         tls.load_cert_chain(certificate, key or None, lambda: "")
     except OSError as error:
         raise SettingsError(
@@ -2998,13 +3083,16 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
 def has_expired(pem: str) -> bool:
     """Whether the first certificate in a text has expired; False if there is none."""
     body = pem.partition("-----BEGIN CERTIFICATE-----")[2].partition("-")[0]
-    # Python's ssl decodes only the certificate of a peer. X.509 has two times in a row, from and
-    # until: type 17 (hex), YYMMDDHHMMSSZ, before 2050, type 18, YYYYMMDDHHMMSSZ, after that
+    # Python's ssl decodes the certificate of a peer, but not our own. In a certificate two times
+    # stand one behind the other, its begin and its end. Each is a byte for its type, a byte for its
+    # length, and digits that end in a Z. Type 17 (hex) has YYMMDDHHMMSS, for years before 2050,
+    # type 18 has YYYYMMDDHHMMSS. This finds the Z of the first, and then the second
     until = re.search(rb"Z[\x17\x18].(\d+)Z", base64.b64decode(body), re.DOTALL)
     if not until:
         return False
     now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
-    # YYMMDD... gets a 20 before it; from YYYYMMDD... the last 14 digits cut that off again
+    # a 20 is put before it, which makes YYYY of YY; and if it was YYYY already, the last 14 digits
+    # are without that 20
     end = (b"20" + until[1])[-14:]
     return end < now.encode()
 
@@ -3015,7 +3103,10 @@ def read_warnings(
     secret_files: Iterable[str],
     is_socket_unit: bool,
 ) -> Iterator[str]:
-    """What is not right, but no reason to refuse. In `given` what is not set is empty."""
+    """What is not right, but no reason to refuse to serve: each in one line.
+
+    `given` is the environment, in which what is not set is empty.
+    """
     for name in given:
         if name.startswith("TINYSCALE_") and name not in VARIABLES:
             yield f"{name} is no setting of tinyscale. Known are {', '.join(VARIABLES)}."
@@ -3034,9 +3125,9 @@ def read_warnings(
 
 
 def stamp(file: str | int) -> str:
-    """What changes when a file, its name or its mode is changed; "" if there is none.
+    """A text that changes when the file does, or its name or mode; "" if there is no such file.
 
-    It begins with device:inode and a blank.
+    It begins with the file's device:inode and a blank.
     """
     try:
         stat = os.stat(file)
@@ -3048,7 +3139,8 @@ def stamp(file: str | int) -> str:
 def is_journal(stream: str) -> bool:
     """Whether stderr, file 2, goes to systemd's journal.
 
-    JOURNAL_STREAM is its device:inode, but a program inherits that with another stderr, too.
+    It does if `stream`, the variable JOURNAL_STREAM, is its device:inode. A program that was
+    started with another stderr may have inherited the variable.
     """
     return stamp(2).startswith(f"{stream} ")
 
@@ -3062,12 +3154,12 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
 
     Raises SettingsError.
     """
-    # what is not set is as if it were empty
+    # what is not set counts as empty
     given = collections.defaultdict(str, environment)
     servers_file = given["TINYSCALE_SERVERS"] or "servers.json"
     key_file = given["TINYSCALE_KEY"] or given["TINYSCALE_CERT"]
     secret_files = [servers_file, given["TINYSCALE_SECRET_FILE"], key_file]
-    # before they are read: then no change is missed
+    # stamped before they are read: so a change in between is noticed
     files = [*secret_files, given["TINYSCALE_CERT"]]
     stamps = {path: stamp(path) for path in files if path}
     port = given["PORT"] or "3005"
@@ -3085,10 +3177,10 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
         password.isprintable(),
         "TINYSCALE_STATUS_PASSWORD: it cannot be printed. Write it in UTF-8.",
     )
-    # OpenSSL reads it by itself, and says nothing if it cannot
+    # only to see whether it can be read: OpenSSL reads it by itself, and says nothing if it cannot
     read_text("SSL_CERT_FILE", given["SSL_CERT_FILE"])
 
-    # else LISTEN_FDS is inherited, and means another process
+    # otherwise LISTEN_FDS was inherited, and is meant for another process
     is_socket_unit = given["LISTEN_PID"] == str(os.getpid())
     require(
         given["LISTEN_FDS"] == "1" or not is_socket_unit,
@@ -3098,9 +3190,9 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     secrets = read_secrets(given["TINYSCALE_SECRET"], given["TINYSCALE_SECRET_FILE"])
     tls = read_tls(given["TINYSCALE_CERT"], given["TINYSCALE_KEY"])
     has_journal = is_journal(given["JOURNAL_STREAM"])
-    # last: only now it is sure that the files can be read
+    # last, as it reads files that were found readable only now
     warnings = list(read_warnings(given, secrets, secret_files, is_socket_unit))
-    # in the order of its fields
+    # in the order of the fields of Settings
     return Settings(
         entries,
         secrets,
@@ -3117,14 +3209,14 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     )
 
 
-# ---- systemd, the log ----------------------------------------------------------------------------
+# ---- systemd, the listener, the log --------------------------------------------------------------
 
 
 def notify(settings: Settings, state: str) -> None:
-    """Tell systemd a state of ours, if it asked for that."""
+    """Tell systemd our state, if it wants to be told."""
     if not settings.notify_socket:
         return
-    # a name that begins with @ is an abstract one
+    # for a name that begins with "@" the system wants a zero byte: it is no file
     address = re.sub("^@", "\0", settings.notify_socket)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -3151,24 +3243,32 @@ def listen(settings: Settings) -> socket.socket:
         family, _, _, _, address = addresses[0]
         return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (socket.gaierror, UnicodeError) as error:
-        # EAI_AGAIN: the network is not there yet, which is no mistake
+        # no mistake if it is EAI_AGAIN: the network is not there yet
         require(error.args[0] == socket.EAI_AGAIN, f"{where}: it is no address of this host.")
         raise
     except OSError as error:
-        # it may pass by itself, so it is no mistake
+        # no mistake: the trouble may end by itself
         words = os.strerror(error.errno or 0)
         raise OSError(f"{where}: {words}. Choose another, or stop who has it.") from None
 
 
-class LogHandler(logging.handlers.QueueHandler):
-    """Hands lines to a thread that writes them, and counts those for which there is no room.
+def begin(job: Callable[..., None], *arguments: object) -> threading.Thread:
+    """Do something in a thread of its own, for which the end of the program does not wait."""
+    thread = threading.Thread(target=job, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
-    Who reads them slowly, or not at all, stops no call.
+
+class LogHandler(logging.handlers.QueueHandler):
+    """Hands lines to a thread that writes them. If too many wait, it drops and counts them.
+
+    So a reader of the log that is slow, or gone, stops no call.
     """
 
     lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:
+        # QueueHandler calls this if the queue is full
         self.lost += 1
 
 
@@ -3178,12 +3278,12 @@ JOURNAL_LEVELS = {logging.INFO: "<6>", logging.WARNING: "<4>", logging.ERROR: "<
 
 def begin_log(settings: Settings) -> LogHandler:
     """Write the log to stderr."""
-    # a writer that fails says nothing of it
+    # if stderr cannot be written, logging must not try to say so there
     logging.raiseExceptions = False
     handler = LogHandler(queue.Queue(MAX_LOG))
     layout = "%(asctime)s %(levelname)s %(message)s"
     if settings.is_journal:
-        # the journal has the time
+        # the journal notes the time by itself
         layout = "%(levelname)s%(message)s"
         for level, mark in JOURNAL_LEVELS.items():
             logging.addLevelName(level, mark)
@@ -3193,10 +3293,11 @@ def begin_log(settings: Settings) -> LogHandler:
 
 
 def end_log(handler: LogHandler) -> None:
-    """Wait a second at most until the log is written: its reader may be gone."""
-    # told only now: while the queue was full, this line would have been lost, too
+    """Wait until the log is written, but only a second: its reader may be gone."""
+    # only now: while the queue was full, this line would have been lost, too
     if handler.lost:
         log.warning(f"{handler.lost} lines of the log were lost: nobody read them")
+    # a thread waits for the queue, and we wait a second for that thread: Queue.join has no timeout
     begin(handler.queue.join).join(1)  # type: ignore[attr-defined]
 
 
@@ -3207,24 +3308,17 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 def connection_limit() -> int:
-    """How many clients there may be.
+    """How many connections of clients there may be.
 
-    They get a third of the files that may be open: each needs one more for its server, and the
-    rest is for what asks all servers.
+    They get a third of the files that we may open: each needs another one for its server, and the
+    last third is for what asks all servers.
     """
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # a sandbox may forbid it
+    # a sandbox may forbid that
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         files = most
     return max(10, min(MAX_CONNECTIONS, files // 3))
-
-
-def begin(job: Callable[..., None], *arguments: object) -> threading.Thread:
-    """Do something in a thread of its own, for which the end of the program does not wait."""
-    thread = threading.Thread(target=job, args=arguments, daemon=True)
-    thread.start()
-    return thread
 
 
 def apply(balancer: Balancer, settings: Settings) -> None:
@@ -3236,8 +3330,8 @@ def apply(balancer: Balancer, settings: Settings) -> None:
         if not server.is_watched:
             begin(watch, balancer.directory, server)
             server.is_watched = True
-    # last: if no thread could begin, the stamps of the files are still the old ones, and the next
-    # `reload` tries it again. (At the start the program ends instead)
+    # last: if a thread could not be started, the stamps of the files are still the old ones, and
+    # the next `reload` tries again. (When we start, the program ends instead)
     balancer.settings = settings
     balancer.mistake = ""
 
@@ -3245,11 +3339,12 @@ def apply(balancer: Balancer, settings: Settings) -> None:
 def reload(balancer: Balancer, environment: Environment, is_forced: bool) -> None:
     """Read the settings again if a file has changed.
 
-    All of them count, or, if there is a mistake, none.
+    If there is a mistake, all of them stay as they were.
     """
     stamps = {path: stamp(path) for path in balancer.settings.stamps}
     is_new = is_forced or stamps != balancer.settings.stamps
-    # what could not be read may pass by itself
+    # while there is a mistake we look each time: its cause may go away without a file changing, for
+    # example if a file could not be read
     if not is_new and not balancer.mistake:
         return
     try:
@@ -3267,7 +3362,7 @@ def reload(balancer: Balancer, environment: Environment, is_forced: bool) -> Non
 
 
 def watch_files(balancer: Balancer, environment: Environment, wake: threading.Event) -> None:
-    """Look for changed files again and again, and at once if somebody sets `wake`.
+    """Look for changed files again and again, and read them at once if somebody sets `wake`.
 
     In a thread of its own: a file system that hangs must not hold up a stop.
     """
@@ -3279,14 +3374,14 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
 
 
 def is_busy(balancer: Balancer) -> bool:
-    """Whether somebody's call was verified and is not at its end, or has only just begun."""
+    """Whether a stop must wait: for a verified call that is not answered, or for a new client."""
     now = time.monotonic()
     for handler in list(balancer.handlers):
         # only a call that was verified has parameters. If it has been answered, what its client
         # still sends is only dropped
         if handler.call.params and not handler.is_answered:
             return True
-        # who has not been verified after a second is a stranger
+        # after a second without a right checksum it is a stranger
         if now - handler.started < 1:
             return True
     return False
@@ -3294,13 +3389,14 @@ def is_busy(balancer: Balancer) -> bool:
 
 def drain(balancer: Balancer) -> None:
     """Take no more connections, and wait for the calls in progress."""
-    # no limit from now on: who still comes waits in the pool's queue, and process_request does not
-    # stay in its loop, for which shutdown would wait
+    # no limit from now on: at the limit the accepting thread stays in the loop of process_request,
+    # and shutdown waits for that thread. (A connection that still comes waits in the pool's queue)
     balancer.limit = sys.maxsize
     balancer.shutdown()
     deadline = time.monotonic() + 1
     is_ours = not balancer.settings.is_socket_unit
-    # what waits to be accepted would be reset; but a socket unit hands it to the next process
+    # connections that wait to be accepted would be reset when the listener closes. (With a socket
+    # unit they are not: the next process gets them)
     while is_ours and is_readable(balancer.socket) and time.monotonic() < deadline:
         balancer.handle_request()
     balancer.server_close()
@@ -3312,7 +3408,7 @@ def drain(balancer: Balancer) -> None:
 
 def serve(environment: Environment) -> int:
     """Serve until SIGTERM or SIGINT. Raises SettingsError, or OSError, if it cannot begin."""
-    # before any thread begins: each inherits it, and only sigwait receives them
+    # before any thread is started, as threads inherit this: so only sigwait receives these signals
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = read_settings(environment)
     balancer = Balancer(settings, Directory(), listen(settings), connection_limit())
@@ -3329,8 +3425,8 @@ def serve(environment: Environment) -> int:
         wake.set()
     log.info("stopping")
     notify(balancer.settings, "STOPPING=1")
-    # a second signal ends at once. It needs a handler: in a container we may be process 1, for
-    # which the system ignores signals without one
+    # a second signal ends us at once. It needs a handler: in a container we may be process 1, and
+    # that gets no signals for which it has no handler
     for last in STOP_SIGNALS:
         signal.signal(last, lambda *_: os._exit(1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -3339,7 +3435,7 @@ def serve(environment: Environment) -> int:
     return 0
 
 
-# What a failure looks like, and what mends it.
+# What the reason of a failure looks like, and what mends it. All that match are told.
 MENDS = {
     "WRONG_VERSION_NUMBER|wrong version|record layer": "It speaks plain HTTP there: write http://",
     "HTTP 400|RemoteDisconnected|BadStatusLine": "It may want HTTPS: write https://",
@@ -3358,12 +3454,12 @@ MENDS = {
 
 
 def examine(directory: Directory, server: Server) -> str:
-    """What check says of a server: a line, which ends in the mend if it is unusable."""
+    """What `check` says of a server, in one line. If it is unusable, that ends in the mend."""
     with suppress(Unavailable):
         survey(directory, server)
     digests = []
-    # the digests are tried only if it answers: it is up, or Server.judge gave a reason with this
-    # word
+    # the digests are tried only if it answers: it is up, or it refuses our checksum, as
+    # Server.judge words it
     if server.is_up or "checksum" in server.reason:
         for digest in ALGORITHMS.values():
             other = Server(replace(server.entry, checksum=digest))
@@ -3377,8 +3473,8 @@ def examine(directory: Directory, server: Server) -> str:
             f"certificate {days_left(server)}, "
             f"{len(server.listed)} meetings, {people_on(server)} people"
         )
-    # a failure that is no outage, for example if our own machine can open no more files, does not
-    # mark the server down: its text is in `warned`
+    # if it is not down, what failed was no outage, for example if we can open no more files. The
+    # reason of that is in `warned`
     reason = server.reason
     if not server.is_down:
         reason = ". ".join(server.warned.values())
@@ -3394,11 +3490,12 @@ def examine(directory: Directory, server: Server) -> str:
 def is_served(settings: Settings) -> bool:
     """Whether a tinyscale answers at our port."""
     place = (settings.bind or "localhost", settings.port)
-    # UnicodeError: TINYSCALE_BIND cannot be a name; listen tells that
+    # UnicodeError: TINYSCALE_BIND can be no name of a host. `listen` tells that
     with suppress(OSError, UnicodeError):
         sock = socket.create_connection(place, CONNECT_TIMEOUT)
         if settings.tls:
-            # only to see whether it is there: our certificate has another name than localhost
+            # it is not verified: our certificate is not for the name "localhost", and this is only
+            # to see whether somebody is there
             anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             anyone.check_hostname = False
             anyone.verify_mode = ssl.CERT_NONE
@@ -3412,10 +3509,10 @@ def is_served(settings: Settings) -> bool:
 def check(environment: Environment) -> int:
     """Try every server and our own settings, and print what came of it.
 
-    Return 1 if a server must be mended, or our port cannot be had.
+    Return 1 if a server is unusable, or our port cannot be had, else 0.
     """
     settings = read_settings(environment)
-    # the lines that are printed say it all
+    # what is printed says it all
     logging.disable()
     directory = Directory()
     directory.use(settings.entries, settings.placement)
@@ -3477,7 +3574,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Makes several BigBlueButton servers look like one. README.md tells more.",
         epilog=f"environment:\n{described}\n{HELP_END}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # what is not given does not replace a variable of the environment
+        # an option that is not given must not take the place of a variable
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -3505,21 +3602,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    # its command and call are no names of settings
+    # (among the options are "command" and "call", which are the names of no settings)
     environment = {**os.environ, **vars(options)}
     try:
         return COMMANDS[options.command](environment)
     except (SettingsError, OSError) as error:
         level = "<3>" if is_journal(environment.get("JOURNAL_STREAM", "")) else ""
-        # who reads it may be gone
+        # its reader may be gone
         with suppress(OSError):
             print(f"{level}tinyscale: {error}", file=sys.stderr, flush=True)
-        # what is no mistake may pass by itself
+        # 1: the trouble may end by itself, so systemd may try again
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    # not sys.exit: Python would wait for threads that may wait for a hung server
+    # not sys.exit, which waits for all threads: one of them may wait for a hung server
     os._exit(main())
