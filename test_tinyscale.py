@@ -7972,6 +7972,10 @@ class SettingsTest(unittest.TestCase):
         for key in ("weight", "cordoned", "checksum"):
             line = self.mistake(self.load, [{**GOOD_ENTRY, key: "hush" * 10}])
             self.assertIn(f'"{key}" must', line)
+        # also if it is no mere letters and digits, and a part of it is short
+        for key in ("host", "weight", "cordoned", "checksum"):
+            line = self.mistake(self.load, [{**GOOD_ENTRY, key: "A" * 24 + "-hush"}])
+            self.assertIn(f'"{key}" must', line)
 
     def test_each_mistake_of_the_environment_is_one_line_that_names_what_was_found_and_the_mend(
         self,

@@ -26,10 +26,10 @@ and Connections. What else to look at:
 - Secrets outside of Part I: read_settings and what it calls read them; print_url signs a URL; join
   hands out one that was signed; apply, check, Directory.use and examine pass entries on. No secret
   is ever an argument of the command line.
-- XML from servers: only parse parses it. Answer.returncode, judge, is_denial, items_of,
+- XML from servers: parse, and mend for it, parse it; Answer.returncode, judge, is_denial, items_of,
   relay_recording and destroy_hook search its bytes for a word.
 - Connections outside of Part I: listen and read_tls make the listener, connection_limit says how
-  many there may be, count_call counts the calls.
+  many there may be, count_call counts the calls; is_served and notify connect to this host alone.
 
 Every server is trusted with every meeting: the one that says it has a meeting gets its calls.
 """
@@ -122,9 +122,10 @@ MAX_QUERY = 7000
 
 # By the length of the digest in hex, as BBB tells them apart: the caller chooses, and no setting
 # forbids one. Old front ends have only SHA-1. SHA-1 is weak where somebody can make two texts with
-# the same digest. A pupil chooses the name that a front end signs in a join; could that checksum be
-# made to fit another call, too? Both texts would have to be URL-encoded, and begin with what the
-# front end writes before the name. No such pair is known.
+# the same digest: then they also have the same with our secret behind them. A pupil chooses the
+# name of a person that a front end puts into a join. Could he choose it so that the join has the
+# checksum of some other call? Both texts may have only the characters of an encoded query; but the
+# pairs that can be computed today contain arbitrary bytes.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -147,7 +148,7 @@ class Settings:
     """All settings, of the environment and of the files that it names, checked by read_settings."""
 
     entries: tuple[Entry, ...]
-    # of the front ends
+    # of the front ends; each of them opens everything
     secrets: tuple[str, ...]
     # "" for all addresses
     bind: str
@@ -177,8 +178,9 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
 
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
-    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. The pattern CALL_PATH
-    therefore refuses every name but join that begins with a j: a guest has only links of joins.
+    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. This never makes another call
+    of BBB, as none has a name that begins with the name of another one. What it can do with the
+    links that guests have, and that CALL_PATH prevents it, is told there.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -204,12 +206,12 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
-    A form is a query that is sent in the body, see Handler.read_call. Its checksum is over its raw
-    text or, as BBB allows since 2.6.18, over the empty query. The latter is a weakness of BBB that
-    we must share: whoever knows the checksum of a call over the empty query can send any form to
-    that call, for example to create. Front ends that sign forms in that way know such checksums,
-    and so does whoever reads queries in a proxy's log. A guest does not: a join has parameters, and
-    is never a form.
+    A form is a query that is sent in the body, see Handler.read_call. Its checksum, which may be in
+    the URL, is over its raw text or, as BBB allows since 2.6.18, over the empty query. The latter
+    is a weakness of BBB that we must share: whoever knows the checksum of a call over the empty
+    query can send any form to that call, for example to create. Front ends that sign forms in that
+    way know such checksums, and so does whoever reads queries in a proxy's log. A guest does not: a
+    join has parameters, and is never a form.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -227,7 +229,7 @@ def verify(
         # second one, through a front end that forgets to encode names. So it is refused
         if name in params and name in ("checksum", "meetingID", "recordID"):
             raise refused
-        # of any other repeated parameter the first value counts, as in BBB
+        # of any other parameter BBB takes the first value, and so do we
         params.setdefault(name, unquote_plus(raw_value))
 
     given = params.get("checksum", "")
@@ -252,8 +254,9 @@ FORM = "application/x-www-form-urlencoded"
 # If a hostile server puts a script into its answer, this field keeps a browser from running it
 # under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
-# How every answer of BBB begins. An answer with a DTD does not match, and what does not match is
-# never parsed: a DTD can declare entities, with which a small text grows to gigabytes.
+# How every answer of BBB begins. What does not match is never parsed, and an answer with a DTD does
+# not match: a DTD can declare entities, with which a small text grows to gigabytes. (That holds for
+# any encoding: `parse` takes all texts for UTF-8, and drops what stands before <response>.)
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -302,12 +305,10 @@ class ApiError(Exception):
 
 
 class Unavailable(ApiError):
-    """A call failed, and no other server may get it instead.
+    """A call failed. Unless this is a NotCarriedOut, below, no other server may get the call.
 
     Either the server MAY have carried it out. Or it was never sent, because it is about a meeting
-    of a server that went down a moment ago: for HOLD seconds that meeting may not begin elsewhere.
-
-    The subclass NotCarriedOut is for calls that another server may get.
+    of a server that went down a moment ago: for 30 s (HOLD) that meeting may not begin elsewhere.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -345,7 +346,7 @@ class ApiCall:
 
     @property
     def route(self) -> Route:
-        """Its properties: see Route."""
+        """Its properties: see Route. A call that we do not know is relayed, see OTHER_CALL."""
         return ROUTES.get(self.name, OTHER_CALL)
 
     @property
@@ -392,10 +393,10 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # never read, only kept: http.client's own file for this socket, in whose place Drops is
-        # read. If the server said "Connection: close", http.client closes the socket before the
-        # body is read, and Python then waits only for the files that the socket itself has made.
-        # Drops is none of these, and this one would be gone if nothing referred to it
+        # a file on this socket that http.client has made, and from which it would read. We never
+        # read it, but keep it, for as long as it exists the socket stays open: if the server says
+        # "Connection: close", http.client closes the socket before the body is read, and Python
+        # puts that off until the last file is closed that the socket has made. Drops is no such one
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -403,9 +404,9 @@ class Drops(socket.SocketIO):
         if now > self.deadline:
             if self.is_late:
                 raise socket.timeout("timed out")
-            # the read before this one ended in time: settimeout, below, sees to that. So the
-            # deadline has passed since, perhaps in a pause of our machine. The rest of the answer
-            # may be there already: reading goes on for LATE, once
+            # a read that waits too long ends below, by settimeout. So the deadline has passed
+            # between two reads, or before the first one. Perhaps our machine was paused, and the
+            # answer is there already: reading goes on for LATE, once
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -550,7 +551,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         if (
             # the server has asked for its end
             connection.sock is None
-            # after a status of 1xx another answer comes
+            # after a status of 1xx, which has no body, another answer comes
             or answer.status < 200
             # timed_response holds the request: its body would stay in memory with the connection
             or request.data
@@ -583,6 +584,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     # http.client counts it down
     length = response.length
     body = bytearray()
+    # read1 returns what has come, and closes the response at its end
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
         body += response.read1(CHUNK)
     # too large, or cut short
@@ -607,11 +609,11 @@ END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 #
 # No name but join may begin with a j. Otherwise a guest could turn the checksum of a join link into
 # that of another name, such as "joi", see `checksum`. BBB has no such call. But as the checksum
-# would be right, Handler.read_call would wait patiently for a body of 100 MiB, and a few guests
-# could use up all connections. With a join they cannot: its body is not read. (Whoever gets hold of
-# another signed URL can do that.)
+# would be right, Handler.read_call would wait patiently for a body of 100 MiB; and so a guest could
+# occupy all connections for as long as he likes. The body of a join is not read. (Whoever gets hold
+# of another signed URL can do that. What a guest can do with joins alone: see close_slowest.)
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
-# A moment that never comes, later than all others.
+# A moment that never comes: later, or newer, than all others.
 NEVER = float("inf")
 
 
@@ -682,8 +684,8 @@ class Handler:
         # - the start of the connection: we wait for the head, or for a form
         # - NEVER, set by read_call: the checksum was right, be it that of a guest's join. We read
         #   the body, and then the client waits for us
-        # - the moment when `send` wrote the last piece of the answer: we wait for the client to
-        #   take it; and after that, in `linger`, for the client to stop sending
+        # - the moment when `respond` begins to send the answer, and anew with each piece of it: we
+        #   wait for the client to take that piece, and at last, in `linger`, to stop sending
         self.waiting_since = self.started
         self.call = ApiCall("-")
         self.head = Head("GET", "", "", {}, 0)
@@ -693,7 +695,7 @@ class Handler:
         # read_body took the body: it has been read, or is being read. A body that was not taken,
         # because it was refused or belongs to a join, may still be on its way, see respond
         self.took_body = False
-        # the whole answer has been handed to the system
+        # the whole answer has been handed to the system: is_busy in Part III does not wait for it
         self.is_answered = False
 
     def serve(self) -> None:
@@ -701,8 +703,9 @@ class Handler:
         try:
             tls = self.balancer.settings.tls
             if tls:
-                # the handshake is a step of its own, so that self.sock is the TLS socket by then:
-                # close_slowest can end a slow handshake only by that
+                # the handshake is a step of its own. wrap_socket takes the connection away from the
+                # plain socket; so self.sock must be the TLS socket before a slow client can make
+                # the handshake wait, or close_slowest could not end it
                 self.sock = tls.wrap_socket(
                     self.sock, server_side=True, do_handshake_on_connect=False
                 )
@@ -744,14 +747,12 @@ class Handler:
         Raises ConnectionError at the end of what it sends, another OSError if the connection
         breaks, and socket.timeout if it is too late.
         """
-        # once the checksum was right, waiting_since is NEVER, and only SILENCE_TIMEOUT counts
+        # the head and a form must come within HEAD_TIMEOUT, and so must what `linger` reads. While
+        # the body of a verified call comes, this is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # too late. If a part of the head is there, that is the end. If nothing is there, one read
-        # of 1 ms follows: if our machine was paused, the head may have arrived meanwhile.
-        # (The buffer is also empty while we wait for a form whose head came in a packet of its own.
-        # A client that sends such a form byte by byte, one each millisecond, is cut off not after
-        # 10 s, but when its 64 KiB are full, after a minute. That is accepted.)
-        if seconds <= 0 and self.buffer:
+        # it is too late. But if nothing has been read yet, a last read of 1 ms follows: if our
+        # machine was paused, the head may have arrived meanwhile
+        if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
         data = self.sock.recv(CHUNK)
@@ -764,7 +765,8 @@ class Handler:
         searched = 0
         while not END_OF_HEAD.search(self.buffer, searched) and len(self.buffer) <= MAX_HEAD:
             # the next search begins where this one ended, less the four bytes in which an end may
-            # have begun. Otherwise a head that comes byte by byte would be searched 65,536 times
+            # have begun (the pattern still sees a CR before that). Otherwise a head that comes byte
+            # by byte would be searched 65,536 times
             searched = max(0, len(self.buffer) - 4)
             self.buffer += self.receive()
             # the first byte of a TLS handshake
@@ -794,7 +796,10 @@ class Handler:
         return self.call.route.handle(self.balancer.directory, self.call)
 
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
-        """A page of our own. Unless it is public, it needs the password of user admin."""
+        """A page of our own. Unless it is public, it needs the password of user admin.
+
+        Public are the version of BBB's API and /health; /status and /metrics are not.
+        """
         self.call.name = self.head.path
         # some front ends ask for the version by POST. (For other pages GET is there twice)
         self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
@@ -817,7 +822,8 @@ class Handler:
         """
         query = self.head.query
         # a join is a link, and mail programs try links by HEAD: they get our redirect, as by GET.
-        # Any other call would be carried out, so HEAD is refused
+        # (A join with redirect=false is carried out, as by GET.) Of other calls HEAD is refused, as
+        # it would carry them out
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
         # the body of a join is not read: a guest has a right checksum, and could send 100 MiB
@@ -846,8 +852,8 @@ class Handler:
         """
         # the checksum does not cover a body. So the parameters of a call must not be in a form if
         # the URL has some already; but some clients label XML as a form. (The fields of a multipart
-        # body are not signed either. What BBB makes of them is its own matter: whoever has a signed
-        # URL can send any)
+        # body are not signed either, and BBB may take them for parameters, even for another
+        # meetingID. It is the same without us: a signed URL of such a call is to be kept secret)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -960,7 +966,7 @@ class Balancer(http.server.ThreadingHTTPServer):
         self, settings: Settings, directory: Directory, listener: socket.socket, limit: int
     ) -> None:
         # the base class makes a socket and wants a class of handlers: we use neither. It keeps the
-        # address as server_address, whose port `serve` writes in the log
+        # address as server_address, whose port the command "serve" writes in the log
         super().__init__(listener.getsockname()[:2], http.server.BaseHTTPRequestHandler, False)
         self.socket.close()
         self.socket = listener
@@ -1001,11 +1007,11 @@ class Balancer(http.server.ThreadingHTTPServer):
         the answer. (If a call is verified at this very moment, it is carried out, and its client
         sees the connection break off.)
 
-        So if all connections are verified calls, nobody else gets in. That takes a thousand calls
-        that all wait for servers at once, and they may all be the same join of one guest; or a
-        thousand slow bodies of somebody who got hold of a signed URL. (Already three bodies whose
-        lengths add up to MAX_BODIES leave no room for others.) nginx in front of us prevents the
-        latter: it passes on a body only when it is whole.
+        So if all connections are verified calls, nobody else gets in. That takes as many calls as
+        `limit` (1,000, see connection_limit), which all wait for servers at once, and may all be
+        the same join of one guest; or as many slow bodies of somebody who got hold of a signed URL.
+        (Already three bodies whose lengths add up to MAX_BODIES leave no room for others.) nginx in
+        front of us prevents the latter: it passes on a body only when it is whole.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -1039,7 +1045,8 @@ def fill(template: str, **values: object) -> Markup:
 # Seconds, or how many.
 # For the answer to a call.
 ANSWER_TIMEOUT = 10
-# The same for a create, a call with a body, or recordings: BBB's own nginx waits as long.
+# The same for a create, a call with a body, or a list of recordings (see is_long in ROUTES): BBB's
+# own nginx waits as long.
 LONG_TIMEOUT = 60
 # Calls that wait for one server at a time.
 MAX_WAITING = 200
@@ -1047,10 +1054,10 @@ MAX_WAITING = 200
 PROBE_TIMEOUT = 3
 # Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
-# When it has gone down it is asked again after FIRST_RETRY, and then every RETRY_INTERVAL. If it
-# comes back while a survey waits for it in vain, ANSWER_TIMEOUT + RETRY_INTERVAL pass until that is
-# seen.
-# This leaves half of HOLD, below, for the outage itself.
+# A server that has gone down is asked again after FIRST_RETRY, and then every RETRY_INTERVAL. It
+# must be seen to be back before HOLD, below, is over. If it is silent, a survey may have been sent
+# in vain just before: 15 s can pass (ANSWER_TIMEOUT + RETRY_INTERVAL) until we see that it is back,
+# so outages of up to 15 s are safe.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail.
@@ -1106,6 +1113,8 @@ OUR_TROUBLE = (
 # BBB may have carried out a create that ended in a 502, too, if it broke off in the middle. That is
 # accepted. Mostly it is being restarted then, and loses its meetings. If not, the meeting may run
 # on two servers, a twin, see Directory.note_twins.
+#
+# A redirect is taken for one of these: BBB redirects only joins, so a proxy wrote it.
 GONE = (404, 502, 503, 504)
 
 
@@ -1148,7 +1157,7 @@ class Server(Connections):
         self.answered = 0.0
         # the same for any answer, even an error page
         self.reacted = 0.0
-        # how many seconds its last answer took
+        # how many seconds its last answer took, to a read that tells its health
         self.took = 0.0
         self.version = ""
         # after a create failed there: how many more good surveys it needs before it gets new
@@ -1156,8 +1165,8 @@ class Server(Connections):
         self.doubts = 0
         # a thread surveys it
         self.is_watched = False
-        # its first survey has ended, even if it failed: until then it may have meetings of which we
-        # do not know
+        # its first survey has ended, even if that failed. Until then it may have meetings that it
+        # never had a chance to tell us of
         self.first_survey_ended = False
         # its last good survey: when it was sent, and the meetings that it found
         self.surveyed = 0.0
@@ -1252,8 +1261,8 @@ class Server(Connections):
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
             # our checksums are right for any query, so it must be the secret that is wrong. (BBB
-            # also says this of parameters in a body. But a call with a body is no outage, see
-            # `failed`)
+            # also says this of parameters in a body, and an old one of a long form. But such calls
+            # are `is_odd` in `failed`, and no outage)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
@@ -1289,8 +1298,8 @@ class Server(Connections):
         """
         # a server that is well may refuse a call that has a body, or is too long for a URL
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # after a create failed the server is in doubt until two surveys were good. (But not if the
-        # failure was our own, for example if we could open no more files)
+        # after a create failed the server is in doubt until two surveys were good. (But not if we
+        # could not even connect, for want of something on our own machine)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1384,8 +1393,8 @@ class Claim:
     def asked(self) -> float:
         """How new our knowledge is, so that a Claim can be compared as a Meeting can.
 
-        While a create is on its way, there is no need to ask a server for the meeting: as if one
-        had just told us. After that there is: as if none had ever told us.
+        While a create is on its way, there is no need to ask a server for the meeting: so this is
+        newer than any limit. After that there is: so it is older than any.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1514,6 +1523,7 @@ class Directory:
         with self.lock:
             # what we heard last, perhaps of a server that is lost by now: then it is not the home
             known = self.meetings.get(info.meeting_id)
+            # when this server was asked that said no
             denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
             if is_old or server not in self.servers:
@@ -1521,10 +1531,11 @@ class Directory:
             home = self.home(info.meeting_id)
             first_heard = self.clock()
             if home and home.server is not server:
-                # two meetings of one ID: the one that was created later counts
+                # another server's: of two meetings of one ID the one that was created later counts
                 if isinstance(home, Claim) or home.info.created > info.created:
                     return
             elif known and known.info.created == info.created:
+                # this server's, or nobody's. If we have heard of this very meeting, that stays
                 first_heard = known.first_heard
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
@@ -1607,9 +1618,9 @@ class Directory:
         """
         # an absence is believed for a second only. If one goes too early, it is asked for again
         self.absent.clear()
-        # a denial is needed as long as a yes may come that was asked for before it. A question
-        # takes 16 s at most; only slow DNS can make it longer than MEETING_TTL. Then a wrong yes
-        # counts until the next survey
+        # a denial is needed as long as a yes may come that was asked for before it. A question is
+        # answered after 16 s at most (CONNECT_TIMEOUT twice and ANSWER_TIMEOUT); only slow DNS can
+        # make that longer than MEETING_TTL. Then a wrong yes counts until the next survey
         self.denials = {key: when for key, when in self.denials.items() if when > old}
         # twins that no survey has found since
         self.twins = {key: when for key, when in self.twins.items() if when > old}
@@ -1629,7 +1640,7 @@ class Directory:
                 self.recovered = self.clock()
 
     def note_twins(self, server: Server, listed: Collection[str], asked: float) -> None:
-        """Warn of twins: meetings that run on two servers, as two surveys running have found.
+        """Warn of twins: meetings that run on two servers, as two surveys in a row have found.
 
         The newer one counts. We end neither. The lock is held.
         """
@@ -1695,8 +1706,8 @@ class Directory:
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # a claim of another server is that of a lost one, or `home` would have returned it. It is
-        # replaced
+        # `home` returns each claim that has a create on its way, or a server that is not lost. So a
+        # claim of another server is over, and replaced
         if not claim or claim.server is not server:
             claim = Claim(server)
         claim.sending += 1
@@ -1781,8 +1792,8 @@ class Directory:
             info = server.listed.get(key, meeting.info)
             # each meeting is in self.meetings by two IDs: it counts once
             is_ours = meeting.server is server and key == info.meeting_id
-            # it is in the server's last list, or we heard of it later. (What is not in a list that
-            # had to be mended is not forgotten, see `learn`; but it does not count here)
+            # it is in the server's last list, or was created after that. (self.meetings can have
+            # more: what a list that had to be mended lacks is not forgotten, see `learn`)
             is_current = key in server.listed or meeting.asked >= server.surveyed
             if is_ours and is_current and not info.is_breakout:
                 is_young = self.clock() - meeting.first_heard < YOUNG
@@ -1852,8 +1863,8 @@ class Directory:
             # (else it told of another meeting: BBB first looks for a meeting whose internal ID
             # begins like this ID. That is neither a yes nor a no)
 
-            # every yes is noted again after each answer. While B has a claim, or a newer meeting,
-            # the yes of A is ignored; but once B has said no, it counts
+            # if server A says yes while B has a claim, or a newer meeting, `remember` ignores A
+            # until B has said no. So every yes is noted again after each answer
             for each, its_info in have_it.items():
                 self.remember(each, its_info, asked)
             home = self.home(meeting_id)
@@ -1884,7 +1895,10 @@ class Directory:
         return asked
 
     def wait_until_known(self) -> None:
-        """Wait until the first survey of each server has ended, or it is down; 13 s at most."""
+        """Wait until each server is down, or its first survey has ended.
+
+        For 13 s at most: nobody waits longer for a server whose TLS handshake is slow, too.
+        """
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
             # (`surveyed` is set first: a survey then goes on, and asks for the version)
@@ -1911,9 +1925,10 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # one usable answer is enough to say "nowhere": `probe` has waited until each server
-                # has told once what it has, so a silent one that has it would be its home. (An
-                # error page, which counts in `choose`, does not count here)
+                # one server that says no is enough for "nowhere", even if others are silent now:
+                # what they had at their last survey is known, and would be the home. What is not
+                # known is what they had if they have never told: if they were down when we started
+                # (README, Limits), or needed more than 13 s. (An error page is no such answer)
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # (if servers are slow, its ABSENCE_TTL is over before they answer)
@@ -1978,11 +1993,13 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. False ones can be
-# typed: for userdata-%3C![CDATA[=x BBB writes <<![CDATA[>x</<![CDATA[></customdata></attendee>...,
-# and to a parser that section ends only with the next true one, "]]>". So what stands in a section
-# may neither end one of these elements nor begin a section. Its length is bounded, because each
-# character costs some memory while the end is looked for.
+# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false one can be
+# typed: for userdata-%3C![CDATA[=x BBB writes
+#     <<![CDATA[>x</<![CDATA[></customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
+# A parser would take all from the first "[" to the "]]>" behind Bob for one text. So here a section
+# is not matched if one of these elements ends in it, or another section begins in it, as both do in
+# that text. What is not matched keeps its "<!", and is mended, see parse. So is a section that is
+# too long: its length is bounded, as each character costs memory while the end is looked for.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
     r"|<!\[CDATA\[).){0,100000}?)\]\]>",
@@ -1990,7 +2007,8 @@ CDATA = re.compile(
 )
 # The elements whose children have names that people typed.
 CUSTOM = ("customdata", "metadata")
-# Lists, and what each item of them is called.
+# The lists in which people's names for elements can be, and what their items are called. (Sessions
+# and hooks have none.)
 ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
@@ -2027,8 +2045,9 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 def mend(text: str) -> ET.Element:
     """What can be read of XML that is not well-formed.
 
-    A tag that no parser takes is left out, and so is an end without a begin. An element that is
-    still open ends together with the one around it.
+    Each tag is parsed by itself. One that no parser takes is left out, also all that begins with
+    "<!" or "<?"; and so is an end without a begin. An element that is still open ends together with
+    the one around it.
     """
     root = ET.Element("response")
     # the elements whose end has not come yet, the innermost last
@@ -2055,21 +2074,23 @@ def mend(text: str) -> ET.Element:
 
 
 def end_element(opened: list[ET.Element], name: str) -> None:
-    """Close the open element that an end tag of this name ends, and all that is open in it.
+    """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    Outside of custom data that is the innermost one of this name. The children of custom data are
-    never open, as they have no children: so within it every end belongs to a typed name, but for
+    Custom data is special. Its children, whose names were typed, are not among the open ones. In
+    <meeting><metadata><a>1</a><meeting>2</meeting></metadata></meeting> the end tags
 
-    - </customdata> or </metadata>, its own
-    - </meeting> or </recording>, which ends the item around it: whatever was typed, the next item
-      must not be taken for a part of this one. But behind a child <meeting> it is that child's end
+    - </a> and the first </meeting> end nothing: they belong to the children before them
+    - </metadata> ends the metadata
+    - the second </meeting> ends the meeting. It would also if </metadata> were lost: whatever was
+      typed, the next meeting must not become a part of this one
     """
     parent = opened[-1]
-    # not the root, which ends with the text
+    # the root ends with the text
     may_end = opened[1:]
     if parent.tag in CUSTOM:
-        is_childs = len(parent) > 0 and parent[-1].tag == name
-        if is_childs or name not in ITEM_OF.values():
+        is_of_child = len(parent) > 0 and parent[-1].tag == name
+        if is_of_child or name not in ITEM_OF.values():
+            # then it can end nothing around the custom data
             may_end = [parent]
     if name in [element.tag for element in may_end]:
         while opened.pop().tag != name:
@@ -2196,7 +2217,8 @@ def create(directory: Directory, call: ApiCall) -> Answer:
     """To the server that has the meeting, or may have it; a new meeting is placed.
 
     If that server cannot be reached, the next one gets the create. But if a server may have carried
-    it out, and has not said so, Unavailable is raised: it is not tried elsewhere.
+    it out, and has not said so, Unavailable is raised: it is not tried elsewhere. (A create without
+    a meetingID goes the same way, and BBB refuses it.)
     """
     deadline = directory.clock() + LONG_TIMEOUT
     tried: set[Server] = set()
@@ -2261,6 +2283,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
                 # the pupil waits on the retry page until the room begins elsewhere, or the server
                 # comes back. (A program gets BBB's "no such meeting", and can create the room)
                 raise Unavailable(f"{lost} (down for long)")
+            # it is nowhere: any server, for BBB's own error page
             server = directory.any_up()
     except Unavailable as error:
         if call.wants_html:
@@ -2391,7 +2414,10 @@ PAGINATION = (
 
 
 def record_ids(call: ApiCall) -> set[str]:
-    """The recordIDs in a call. BBB decodes them a second time, so we do; no ID has a % or +."""
+    """The recordIDs in a call. BBB decodes them a second time, and so do we.
+
+    (An ID is a hex digest, a "-" and a number.)
+    """
     texts = unquote_plus(call.params.get("recordID", "")).split(",")
     return {text.strip() for text in texts} - {""}
 
@@ -2536,6 +2562,7 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 
 # Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them
 # or has no webhooks. So of these every answer is passed on that is no redirect, even a proxy's 502.
+# Of the calls about recordings only those that ask for a list are slow.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
     "join": Route(join),
@@ -3033,9 +3060,10 @@ def read_entry(where: str, item: Any) -> Entry:
         require(name in ENTRY_RULES, f"{key} is no key. Known are {', '.join(ENTRY_RULES)}.")
         is_right, rule, may_show = ENTRY_RULES[name]
         require(name in item, f"{key} is missing. It {rule}.")
-        # also in a value that may be shown there can be a secret: "https://bbb1.example.org/SECRET"
-        found = re.sub("[A-Za-z0-9]{20,}", "...", json.dumps(item[name]))
+        found = json.dumps(item[name])
         if re.fullmatch(may_show, found):
+            # even then there can be a secret in it: "https://bbb1.example.org/SECRET"
+            found = re.sub("[A-Za-z0-9]{20,}", "...", found)
             rule += f", not {found:.99}"
         require(is_right(item[name]), f"{key} {rule}.")
     checked = {**item, "host": host, "secret": item["secret"].strip()}
