@@ -1630,6 +1630,20 @@ class HttpTest(ClusterTest):
                 self.assertTrue(until(lambda: "127.0.0.1 broke off" in self.log.getvalue()))
                 self.assertTrue(until(lambda: not self.balancer.handlers))
 
+    def test_after_the_deadline_there_is_another_look_only_if_nothing_has_been_read(self):
+        """A pause of our machine may be why; but a form that has begun to come has had its time."""
+        for path in ("", "/bigbluebutton/api/create"):
+            ours, theirs = socket.socketpair()
+            with self.subTest(path), ours, theirs:
+                handler = tinyscale.Handler(self.balancer, ours, "127.0.0.1")
+                handler.head = handler.head._replace(path=path)
+                theirs.sendall(b"x=1")
+                self.clock.ahead += 10 * tinyscale.HEAD_TIMEOUT
+                if path:
+                    self.assertRaises(socket.timeout, handler.receive)
+                else:
+                    self.assertEqual(handler.receive(), b"x=1")
+
     def test_who_says_nothing_is_disconnected(self):
         with mock.patch.object(tinyscale, "HEAD_TIMEOUT", 0.1):
             for data in (b"", b"GET /hea", b"GET / HTTP/1.1\r\n"):
