@@ -110,7 +110,7 @@ CHUNK = 64 * 1024
 # One body, for example slides; and all bodies at one time. read_body holds each twice for a moment.
 MAX_BODY = 100 * 1024 * 1024
 MAX_BODIES = 256 * 1024 * 1024
-# A server's answer.
+# A server's answer. All answers at one time have no limit of their own: servers are trusted.
 MAX_ANSWER = 32 * 1024 * 1024
 # Parameters of a call. No call has nearly as many; each costs time before the checksum is verified.
 MAX_PARAMETERS = 1000
@@ -124,8 +124,8 @@ MAX_QUERY = 7000
 # forbids one. Old front ends have only SHA-1. SHA-1 is weak where somebody can make two texts with
 # the same digest: then they also have the same with our secret behind them. A pupil chooses the
 # name of a person that a front end puts into a join. Could he choose it so that the join has the
-# checksum of some other call? Both texts may have only the characters of an encoded query; but the
-# pairs that can be computed today contain arbitrary bytes.
+# checksum of some other call? Not today: the pairs that can be computed contain arbitrary bytes,
+# but these texts may have only the characters of an encoded query.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -134,7 +134,8 @@ ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 class Entry:
     """An entry of servers.json, its values checked by ENTRY_RULES."""
 
-    # its URL without /bigbluebutton, see base_url: ASCII, no "?", "#" or "@"
+    # its URL without /bigbluebutton, see base_url: ASCII, no "?", "#" or "@". It may be http://:
+    # then whoever can read what is sent there reads every call
     host: str
     secret: str
     weight: int = 1
@@ -155,6 +156,7 @@ class Settings:
     port: int
     # one of PLACEMENTS
     placement: str
+    # None for plain HTTP, for example behind nginx
     tls: ssl.SSLContext | None
     # "": /status and /metrics are not there
     status_password: str
@@ -166,7 +168,7 @@ class Settings:
     is_journal: bool
     # what is not right, but no reason to refuse
     warnings: Sequence[str]
-    # the stamp of each file when it was read last: it changes when the file does
+    # for each file a text that changes when the file does, see stamp in Part III
     stamps: dict[str, str]
 
 
@@ -179,8 +181,8 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
     join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. This never makes another call
-    of BBB, as none has a name that begins with the name of another one. What it can do with the
-    links that guests have, and that CALL_PATH prevents it, is told there.
+    of BBB, as none has a name that begins with the name of another one. But a guest could send us
+    bodies with a right checksum in that way; so CALL_PATH refuses such names.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -254,9 +256,10 @@ FORM = "application/x-www-form-urlencoded"
 # If a hostile server puts a script into its answer, this field keeps a browser from running it
 # under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
-# How every answer of BBB begins. What does not match is never parsed, and an answer with a DTD does
-# not match: a DTD can declare entities, with which a small text grows to gigabytes. (That holds for
-# any encoding: `parse` takes all texts for UTF-8, and drops what stands before <response>.)
+# How every answer of BBB begins. No DTD gets to the parser, as that can declare entities with which
+# a small text grows to gigabytes: `parse` in Part II parses only what matches here, drops what
+# stands before <response>, takes the rest for UTF-8 whatever is declared, and has it mended, tag by
+# tag, if there is any "<!" in it.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -307,8 +310,9 @@ class ApiError(Exception):
 class Unavailable(ApiError):
     """A call failed. Unless this is a NotCarriedOut, below, no other server may get the call.
 
-    Either the server MAY have carried it out. Or it was never sent, because it is about a meeting
-    of a server that went down a moment ago: for 30 s (HOLD) that meeting may not begin elsewhere.
+    Mostly because the server MAY have carried it out. Or because the call is about a meeting of a
+    server that went down a moment ago: for 30 s (HOLD) that may not begin elsewhere. Or because no
+    server is left that could get it; or because a list would lack what matters.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -329,10 +333,11 @@ class ApiCall:
 
     # what follows /bigbluebutton/api/
     name: str
-    # raw, without its checksum: it goes on byte for byte
+    # raw, without its checksum: it goes on byte for byte. Printable ASCII without "#", see REQUEST
+    # and read_call; what we write ourselves is made by quote_plus
     query: str = ""
-    # the decoded parameters, the checksum among them: so they are never empty once a call was
-    # verified, and is_busy relies on that. Until then they are empty, and for calls of our own
+    # the decoded parameters, the checksum among them. So they are not empty once a client's call
+    # was verified: by that is_busy in Part III tells for which calls a stop must wait
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; with a body the call is a POST
     body: bytes = b""
@@ -377,7 +382,8 @@ class SignedRequest(urllib.request.Request):
     may_repeat = False
     # set by do_open: a kept connection turned out to be closed, so the server may get it twice
     was_repeated = False
-    # set by exchange: when the answer must be there. A repeat has the same deadline
+    # set by exchange: when the answer must be there. A repeat has the same deadline. (urllib sets
+    # `timeout`, the seconds for an answer)
     deadline = 0.0
 
 
@@ -393,10 +399,11 @@ class Drops(socket.SocketIO):
         super().__init__(sock, "r")
         self.sock = sock
         self.deadline = deadline
-        # a file on this socket that http.client has made, and from which it would read. We never
-        # read it, but keep it, for as long as it exists the socket stays open: if the server says
-        # "Connection: close", http.client closes the socket before the body is read, and Python
-        # puts that off until the last file is closed that the socket has made. Drops is no such one
+        # the file that http.client made for this answer, and would read. We do not read it, but it
+        # must exist until the answer has been read. For if the server says "Connection: close",
+        # http.client closes the socket before it reads the body, and the socket stays open only
+        # while there is a file that was made by its makefile. (Drops was not.) It goes with Drops,
+        # at the end of the answer. The socket of a kept connection is not closed by that
         self.file = file
 
     def readinto(self, buffer: Any) -> Any:
@@ -454,13 +461,14 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def sign_again(self, call: ApiCall) -> SignedRequest:
         """The call as a request to this server.
 
-        A form that is too long for a URL is sent as a form, which BBB takes since 2.6.18; an older
-        one refuses it.
+        A form that is too long for a URL is sent as a form. Its checksum is over the empty query:
+        BBB takes that since 2.6.18, see verify; an older one refuses it. Such a checksum is worth
+        more than others. But only that server sees it, which knows its own secret anyway.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
         if call.content_type == FORM and len(call.query) > MAX_QUERY:
-            # its checksum is over the empty query, see verify
+            # the checksum is in the form, not in the URL, and so in no log of a proxy
             url, _, signature = self.url_for(call.name, "").partition("?")
             body = f"{call.query}&{signature}".encode()
         request = SignedRequest(url, body or None, {"User-Agent": f"tinyscale/{__version__}"})
@@ -725,6 +733,7 @@ class Handler:
             self.respond(bug.answer(), "bug")
         finally:
             self.balancer.handlers.discard(self)
+            # here the shutdown of SSLSocket, see linger, does no harm: nothing follows but a close
             self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
@@ -750,8 +759,8 @@ class Handler:
         # the head and a form must come within HEAD_TIMEOUT, and so must what `linger` reads. While
         # the body of a verified call comes, this is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # it is too late. But if nothing has been read yet, a last read of 1 ms follows: if our
-        # machine was paused, the head may have arrived meanwhile
+        # it is too late. But if nothing has been read yet, which would be in the buffer or a head,
+        # a last read of 1 ms follows: if our machine was paused, it may have arrived meanwhile
         if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -798,12 +807,15 @@ class Handler:
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
         """A page of our own. Unless it is public, it needs the password of user admin.
 
-        Public are the version of BBB's API and /health; /status and /metrics are not.
+        Public are the version of BBB's API, and /health, which tells whether a server is up.
+        /status shows the rooms with their names, and how many people are in them; /metrics only
+        numbers. None of them changes anything.
         """
         self.call.name = self.head.path
         # some front ends ask for the version by POST. (For other pages GET is there twice)
         self.allow("GET", "HEAD", "POST" if page is version_page else "GET")
         given = self.head.fields.get("authorization", "").encode()
+        # (it is not blank, unless the page is public: else `answer` would not have come here)
         login = b"Basic " + base64.b64encode(f"admin:{password}".encode())
         if page not in PUBLIC_PAGES and not hmac.compare_digest(given, login):
             return Answer(
@@ -1005,13 +1017,15 @@ class Balancer(http.server.ThreadingHTTPServer):
 
         A verified call is spared until we answer it; after that its client may be too slow to take
         the answer. (If a call is verified at this very moment, it is carried out, and its client
-        sees the connection break off.)
+        sees the connection break off.) Strangers can keep others out only by making as many new
+        connections as `limit` each second.
 
-        So if all connections are verified calls, nobody else gets in. That takes as many calls as
-        `limit` (1,000, see connection_limit), which all wait for servers at once, and may all be
-        the same join of one guest; or as many slow bodies of somebody who got hold of a signed URL.
-        (Already three bodies whose lengths add up to MAX_BODIES leave no room for others.) nginx in
-        front of us prevents the latter: it passes on a body only when it is whole.
+        So if all connections are verified calls, nobody else gets in. That takes as many calls at
+        once as `limit` (1,000, see connection_limit). They can be slow bodies, of somebody who got
+        hold of a signed URL; nginx in front of us prevents that, as it passes on a body only when
+        it is whole. (Already three bodies whose lengths add up to MAX_BODIES leave no room for
+        others.) Or they can all be one join of a guest, while it waits for a server: for seconds,
+        if nobody knows its meeting and servers are slow.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -1055,12 +1069,13 @@ PROBE_TIMEOUT = 3
 # Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
 # A server that has gone down is asked again after FIRST_RETRY, and then every RETRY_INTERVAL. It
-# must be seen to be back before HOLD, below, is over. If it is silent, a survey may have been sent
-# in vain just before: 15 s can pass (ANSWER_TIMEOUT + RETRY_INTERVAL) until we see that it is back,
-# so outages of up to 15 s are safe.
+# must be seen to be back before HOLD (30 s, below) is over. If it was silent, a survey may have
+# been sent in vain just before it came back: then it is seen 15 s later (ANSWER_TIMEOUT +
+# RETRY_INTERVAL). So outages of up to 30 - 15 s are safe.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
-# How long a meeting is believed to be where it was last seen: two surveys may fail.
+# How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
+# is not forgotten, but the servers are asked.
 MEETING_TTL = 30
 # How long "no server has this meeting" is believed: people poll for meetings to begin.
 ABSENCE_TTL = 1
@@ -1153,9 +1168,9 @@ class Server(Connections):
         # set when it goes down: it is surveyed again soon
         self.wake = threading.Event()
         # of the calls that tell its health (see Route) and got a usable answer, when the newest one
-        # was SENT
+        # was SENT: no failure of an older one marks it down, see note_down
         self.answered = 0.0
-        # the same for any answer, even an error page
+        # the same for any answer, even an error page: then it may get a new meeting, see choose
         self.reacted = 0.0
         # how many seconds its last answer took, to a read that tells its health
         self.took = 0.0
@@ -1260,9 +1275,9 @@ class Server(Connections):
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # our checksums are right for any query, so it must be the secret that is wrong. (BBB
-            # also says this of parameters in a body, and an old one of a long form. But such calls
-            # are `is_odd` in `failed`, and no outage)
+            # our checksums are right for any query, as verify leaves no other checksum in it. So it
+            # must be the secret that is wrong. (BBB also says this of parameters in a body, and an
+            # old one of a long form. But such calls are `is_odd` in `failed`, and no outage)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
@@ -1277,8 +1292,9 @@ class Server(Connections):
         # a 500 is no outage: it may be about one bad meeting
         is_outage = is_gone or status < 200
         if call.name == "getMeetings":
-            # if there is no query, as in our surveys, any error page is an outage, even a 500. If
-            # there is one, it is a client's, and what is wrong may be the query: so none is
+            # without a query, as in our surveys, any error page is an outage, even a 500. With a
+            # query, which only a client sends, no error page is, not even a 502: that may come from
+            # the query. The next survey will tell
             is_outage = not call.query
         error = NotCarriedOut if is_gone and status != 504 else Unavailable
         reason = f"HTTP {status} without an answer of BigBlueButton"
@@ -1298,8 +1314,8 @@ class Server(Connections):
         """
         # a server that is well may refuse a call that has a body, or is too long for a URL
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # after a create failed the server is in doubt until two surveys were good. (But not if we
-        # could not even connect, for want of something on our own machine)
+        # after a create failed the server is in doubt until two surveys were good. (Not if it is a
+        # NotCarriedOut and no outage: then our own machine could not connect, see OUR_TROUBLE)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1368,7 +1384,8 @@ class Meeting(NamedTuple):
     server: Server
     # when we first heard of it
     first_heard: float
-    # when the server was asked that; LONG_AGO if it is only a hint, see `learn`
+    # when the server was asked that. LONG_AGO is a hint: it was found in a list that was not
+    # well-formed, see `learn`
     asked: float
     # for the log: why a call goes to this server
     why: str = "remembered"
@@ -1393,8 +1410,9 @@ class Claim:
     def asked(self) -> float:
         """How new our knowledge is, so that a Claim can be compared as a Meeting can.
 
-        While a create is on its way, there is no need to ask a server for the meeting: so this is
-        newer than any limit. After that there is: so it is older than any.
+        `find`, assign_known and `assign` compare it with a time, and ask the servers for a meeting
+        if our knowledge is older than that. While a create is on its way there is no need to ask;
+        after that there is, however new the claim may be.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1499,7 +1517,10 @@ class Directory:
             return None
 
     def lost_server(self, meeting_id: str) -> Server | None:
-        """The server that had a meeting, but has been down for so long that it may begin anew."""
+        """For a meeting that has no home: the server that had it, and has been down for too long.
+
+        None if there is none, or if it was taken out of the list: it is no use to wait for that.
+        """
         last = self.claims.get(meeting_id) or self.meetings.get(meeting_id)
         if last is None:
             return None
@@ -1531,11 +1552,11 @@ class Directory:
             home = self.home(info.meeting_id)
             first_heard = self.clock()
             if home and home.server is not server:
-                # another server's: of two meetings of one ID the one that was created later counts
+                # of two meetings of one ID the one that was created later counts
                 if isinstance(home, Claim) or home.info.created > info.created:
                     return
+            # its home is this server, or it has none. What we heard last may have been this meeting
             elif known and known.info.created == info.created:
-                # this server's, or nobody's. If we have heard of this very meeting, that stays
                 first_heard = known.first_heard
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
@@ -1553,6 +1574,8 @@ class Directory:
             if known and known.server is server:
                 if known.asked >= asked:
                     return
+                # only by this ID. By its other one it is found until the next survey, or until the
+                # server denies that, too
                 del self.meetings[meeting_id]
             before = self.denials.get((server, meeting_id), asked)
             self.denials[server, meeting_id] = max(asked, before)
@@ -1607,8 +1630,8 @@ class Directory:
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
-            # under the same lock as the meetings: between the two a create would take this server
-            # for lost, and begin one of its meetings elsewhere
+            # under the same lock as the meetings: as long as the server is noted as down, perhaps
+            # for longer than HOLD, a create would begin its meetings elsewhere
             self.note_shown_up(server, asked)
 
     def drop_old(self, old: float) -> None:
@@ -1619,8 +1642,8 @@ class Directory:
         # an absence is believed for a second only. If one goes too early, it is asked for again
         self.absent.clear()
         # a denial is needed as long as a yes may come that was asked for before it. A question is
-        # answered after 16 s at most (CONNECT_TIMEOUT twice and ANSWER_TIMEOUT); only slow DNS can
-        # make that longer than MEETING_TTL. Then a wrong yes counts until the next survey
+        # answered after some 16 s at most (CONNECT_TIMEOUT twice and ANSWER_TIMEOUT). Slow DNS, or
+        # many addresses, can make it longer; then a wrong yes counts until the next survey
         self.denials = {key: when for key, when in self.denials.items() if when > old}
         # twins that no survey has found since
         self.twins = {key: when for key, when in self.twins.items() if when > old}
@@ -1658,9 +1681,10 @@ class Directory:
     # -- which server a create must go to
 
     def assign_known(self, meeting_id: str, tried: Servers) -> tuple[Server, str] | None:
-        """Like `assign`, for a meeting whose home is known well enough.
+        """Give the home of the meeting a claim, as `assign` does, if it is known well enough.
 
-        None if the servers must be asked for the meeting first.
+        Return the server, and why it is this one; or None, if the servers must be asked first.
+        Raises Unavailable if the server is down, or among those that were tried in vain.
         """
         with self.lock:
             home = self.home(meeting_id)
@@ -1754,6 +1778,7 @@ class Directory:
 
         Raises Unavailable if there is none. The lock is held.
         """
+        # even if it is cordoned: BBB must have both on one server
         if parent is not None:
             return parent, "parent's"
         answering = [server for server in self.servers if server.reacted >= asked]
@@ -1785,7 +1810,8 @@ class Directory:
 
         Breakout rooms do not count: their people are in the main room, too. The lock is held.
         """
-        # expected: in each meeting that is being created there, or may have been
+        # expected: in each meeting that is being created there, or may have been. (That includes
+        # one that runs, while a create of it waits for its answer)
         people = EXPECTED * sum(claim.server is server for claim in self.claims.values())
         for key, meeting in self.meetings.items():
             # the last survey counts, if it knew the meeting: a create tells nothing of people
@@ -1875,7 +1901,8 @@ class Directory:
         """Ask all servers that are not down for the meeting. Return when they were asked.
 
         What they say is noted. Callers that ask for the same meeting at the same time share one
-        probe.
+        probe. So it may have begun before a call came; but what has changed since is in `meetings`
+        and `claims`, which every caller looks at after the probe.
         """
         mine: futures.Future[float] = futures.Future()
         # one step in Python
@@ -1897,11 +1924,13 @@ class Directory:
     def wait_until_known(self) -> None:
         """Wait until each server is down, or its first survey has ended.
 
-        For 13 s at most: nobody waits longer for a server whose TLS handshake is slow, too.
+        For 13 s at most. (A survey may take 3 s more, if its TLS handshake is slow: nobody waits
+        for that.)
         """
         deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
         while time.monotonic() < deadline:
-            # (`surveyed` is set first: a survey then goes on, and asks for the version)
+            # `surveyed`: its meetings are known, though this survey may still ask for its version.
+            # `first_survey_ended`: it may have failed
             if all(
                 server.surveyed or server.first_survey_ended or server.is_down
                 for server in self.servers
@@ -1925,13 +1954,14 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # one server that says no is enough for "nowhere", even if others are silent now:
-                # what they had at their last survey is known, and would be the home. What is not
-                # known is what they had if they have never told: if they were down when we started
-                # (README, Limits), or needed more than 13 s. (An error page is no such answer)
+                # nobody has it, and one server that answers is enough to say so, be it another
+                # question. Of those that are silent now we know what they had at their last survey;
+                # if it was this meeting, they are its home. (Only a server that has been silent
+                # since we started may have meetings that we do not know: they may begin twice)
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
-                # (if servers are slow, its ABSENCE_TTL is over before they answer)
+                # this counts from the question, too. So if servers are slow, it is soon over, and
+                # the next call asks again
                 self.absent[meeting_id] = asked
         if home is None:
             return None, "nowhere"
@@ -1965,7 +1995,7 @@ def survey(directory: Directory, server: Server) -> None:
     directory.learn(server, infos, asked, is_whole)
     if not was_up or not server.version:
         # it may be a new version. The call without a name tells it to anybody: BBB does not look
-        # at its checksum
+        # at its checksum. (That is the digest of the secret alone, and fits no other call)
         root, _ = parse(server.call_unlimited(ApiCall("")))
         server.version = re.sub("[^!-~]", "", root.findtext("bbbVersion", ""))
 
@@ -1993,13 +2023,14 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false one can be
-# typed: for userdata-%3C![CDATA[=x BBB writes
+# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false beginning of
+# one can be typed: for userdata-%3C![CDATA[=x BBB writes
 #     <<![CDATA[>x</<![CDATA[></customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
-# A parser would take all from the first "[" to the "]]>" behind Bob for one text. So here a section
-# is not matched if one of these elements ends in it, or another section begins in it, as both do in
-# that text. What is not matched keeps its "<!", and is mended, see parse. So is a section that is
-# too long: its length is bounded, as each character costs memory while the end is looked for.
+# A parser takes all from the first "<![CDATA[" to the only "]]>" for one text. This pattern matches
+# only <![CDATA[Bob]]>: a section that it matches has no other beginning of a section in it, as the
+# one from the first has; and no end of one of these elements, as the one from the second has.
+# A beginning that is left makes parse mend the text. So does a section that is too long: each of
+# its characters costs memory while its end is looked for.
 CDATA = re.compile(
     r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
     r"|<!\[CDATA\[).){0,100000}?)\]\]>",
@@ -2081,8 +2112,9 @@ def end_element(opened: list[ET.Element], name: str) -> None:
 
     - </a> and the first </meeting> end nothing: they belong to the children before them
     - </metadata> ends the metadata
-    - the second </meeting> ends the meeting. It would also if </metadata> were lost: whatever was
-      typed, the next meeting must not become a part of this one
+    - the second </meeting> ends the meeting. It also would if </metadata> did not come, and the
+      last child were not called "meeting": typed names can open a metadata that does not end, and
+      the next meeting should not become a part of this one
     """
     parent = opened[-1]
     # the root ends with the text
@@ -2177,7 +2209,7 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     items = found.findall(shape.item)
     # a list that had to be mended may have lost items. Of meetings the others are still useful. But
     # a front end would take a lost recording for a deleted one. And a list of hooks has no names
-    # that people typed: if it must be mended, it is broken
+    # that people typed: if it must be mended, it is broken. (Each recording has one <recordID>)
     has_all = shape.item == "recording" and answer.body.count(b"<recordID>") == len(items)
     is_usable = is_whole or has_all or shape.item == "meeting"
     return items if is_usable else None
@@ -2239,8 +2271,8 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             # if half of the time is over, the rest is too short for another server
             if directory.clock() > deadline - LONG_TIMEOUT / 2:
                 raise
-            # if another create of this meeting is on its way to that server, its claim stays. Then
-            # `place` comes to this server again, and raises Unavailable
+            # if another create of this meeting is on its way to that server, the claim stays. Then
+            # `place` comes to this server again, and add_claim raises Unavailable
             tried.add(server)
         finally:
             # the claim ends, or stays if the server may have carried out the create
@@ -2256,6 +2288,7 @@ def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, 
     placed = directory.assign_known(call.meeting_id, tried)
     if placed:
         return placed
+    # of a breakout room. If it is nowhere, the room is placed like any other, and BBB refuses it
     parent = None
     parent_id = call.params.get("parentMeetingID", "")
     if parent_id:
@@ -2290,6 +2323,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
             error.page = RETRY_PAGE
         raise
     call.note = f"{server} ({why})"
+    # the guest gets a checksum of that server, over just what a front end has signed for him
     location = server.url_for("join", call.query)
     return Answer(302, b"", (("Location", location),))
 
@@ -2398,7 +2432,7 @@ def relay_list(directory: Directory, call: ApiCall) -> Answer:
     with directory.merging[call.name]:
         items = merge(shape, lists_in(call, answers).values())
         for item in items:
-            # only a list of hooks has hookIDs
+            # in a list of hooks; items of other lists have no hookID
             put_our_id(item, item.findtext("callbackURL", ""))
         return write_list(shape, items)
 
@@ -2927,7 +2961,8 @@ def shown(value: str) -> str:
     """The value of a setting as a message may show it.
 
     It is hidden unless it is short, or looks like a path, a name or an address: it could be a
-    secret, or a whole file, in the wrong place.
+    secret, or a whole file, in the wrong place. (So a secret is shown if it begins with "/", or
+    has a "." or ":" in it. One in hex never is.)
     """
     is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
     return value if len(value) < MIN_SECRET or is_plain else "..."
@@ -3108,7 +3143,10 @@ def read_tls(certificate: str, key: str) -> ssl.SSLContext | None:
 
 
 def has_expired(pem: str) -> bool:
-    """Whether the first certificate in a text has expired; False if there is none."""
+    """Whether the first certificate in a text has expired; False if there is none.
+
+    The text is that of TINYSCALE_CERT, which read_tls has loaded already.
+    """
     body = pem.partition("-----BEGIN CERTIFICATE-----")[2].partition("-")[0]
     # Python's ssl decodes the certificate of a peer, but not our own. In a certificate two times
     # stand one behind the other, its begin and its end. Each is a byte for its type, a byte for its
@@ -3443,6 +3481,7 @@ def serve(environment: Environment) -> int:
     apply(balancer, settings)
     wake = threading.Event()
     begin(watch_files, balancer, environment, wake)
+    # it looks every 0.05 s whether it shall end
     begin(balancer.serve_forever, 0.05)
     port = balancer.server_address[1]
     count = len(settings.entries)
