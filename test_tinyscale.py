@@ -6202,7 +6202,7 @@ class OutageTest(ClusterTest):
         for _ in range(5):
             connection = http.client.HTTPConnection(*mute.getsockname())
             connection.connect()
-            connection.opened = self.clock.monotonic()
+            connection.usable_until = self.clock.monotonic() + 1
             server.kept.append(connection)
         with short:
             answer = self.get("getMeetingInfo", "meetingID=room")

@@ -387,26 +387,25 @@ class SignedRequest(urllib.request.Request):
     deadline = 0.0
 
 
-class Drops(socket.SocketIO):
-    """What a server sends, up to a deadline for the whole of it. Raises socket.timeout.
+class Drops(io.RawIOBase):
+    """What comes from a server, up to a deadline for the whole answer. Raises socket.timeout.
 
     The timeout of a socket alone would not do: it begins again with each drop that arrives.
     """
 
     is_late = False
 
-    def __init__(self, sock: socket.socket, deadline: float, file: object) -> None:
-        super().__init__(sock, "r")
+    def __init__(self, sock: socket.socket, deadline: float, file: io.BufferedReader) -> None:
         self.sock = sock
         self.deadline = deadline
-        # the file that http.client made for this answer, and would read. We do not read it, but it
-        # must exist until the answer has been read. For if the server says "Connection: close",
-        # http.client closes the socket before it reads the body, and the socket stays open only
-        # while there is a file that was made by its makefile. (Drops was not.) It goes with Drops,
-        # at the end of the answer. The socket of a kept connection is not closed by that
+        # http.client's file on that socket
         self.file = file
 
+    def readable(self) -> bool:
+        return True
+
     def readinto(self, buffer: Any) -> Any:
+        """Read what is there, at least one byte, or wait for it; 0 at the end."""
         now = time.monotonic()
         if now > self.deadline:
             if self.is_late:
@@ -418,7 +417,7 @@ class Drops(socket.SocketIO):
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
         self.sock.settimeout(max(0.001, self.deadline - now))
-        return super().readinto(buffer)
+        return self.file.readinto1(buffer)
 
 
 class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -511,7 +510,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 # no URLError, as the server may have carried out the first one
                 raise
             raise urllib.error.URLError(error) from error
-        fresh.opened = time.monotonic()
+        fresh.usable_until = time.monotonic() + KEPT_FOR
         if req.type == "https":
             self.certificate_end = ssl.cert_time_to_seconds(fresh.sock.getpeercert()["notAfter"])
         return self.exchange(fresh, req)
@@ -524,8 +523,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         with suppress(IndexError):
             while True:
                 connection = self.kept.pop(0)
-                is_young = time.monotonic() - connection.opened < KEPT_FOR
-                if is_young and not is_readable(connection.sock):
+                if time.monotonic() < connection.usable_until and not is_readable(connection.sock):
                     return connection
                 connection.close()
         return None
