@@ -31,7 +31,8 @@ and Connections. What else to look at:
 - Connections outside of Part I: listen and read_tls make the listener, connection_limit says how
   many there may be, count_call counts the calls; is_served and notify connect to this host alone.
 
-Every server is trusted with every meeting: the one that says it has a meeting gets its calls.
+Every server is trusted with every meeting: the one that says it has a meeting gets its calls. It is
+not trusted to run a script under our name, or to keep us waiting.
 """
 
 from __future__ import annotations
@@ -122,10 +123,10 @@ MAX_QUERY = 7000
 
 # By the length of the digest in hex, as BBB tells them apart: the caller chooses, and no setting
 # forbids one. Old front ends have only SHA-1. SHA-1 is weak where somebody can make two texts with
-# the same digest: then they also have the same with our secret behind them. A pupil chooses the
-# name of a person that a front end puts into a join. Could he choose it so that the join has the
-# checksum of some other call? Not today: the pairs that can be computed contain arbitrary bytes,
-# but these texts may have only the characters of an encoded query.
+# the same digest: then they have the same, too, with our secret behind them. A pupil chooses the
+# name of a person that a front end puts into a join, and signs. Could he have one text of such a
+# pair signed, and use the checksum for the other one, some other call? Not today: the pairs that
+# can be computed contain arbitrary bytes, but here only the characters of an encoded query can be.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -181,8 +182,9 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
     join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. This never makes another call
-    of BBB, as none has a name that begins with the name of another one. But a guest could send us
-    bodies with a right checksum in that way; so CALL_PATH refuses such names.
+    of BBB, as none has a name that begins with the name of another one. But a guest, who has the
+    link of a join, could make us wait for a slow body in that way. (Of a join we read none, of a
+    call that we do not know we do.) So CALL_PATH takes no name with a j but join.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -208,12 +210,13 @@ def verify(
 ) -> tuple[str, dict[str, str]]:
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
-    A form is a query that is sent in the body, see Handler.read_call. Its checksum, which may be in
-    the URL, is over its raw text or, as BBB allows since 2.6.18, over the empty query. The latter
-    is a weakness of BBB that we must share: whoever knows the checksum of a call over the empty
-    query can send any form to that call, for example to create. Front ends that sign forms in that
-    way know such checksums, and so does whoever reads queries in a proxy's log. A guest does not: a
-    join has parameters, and is never a form.
+    A form is a query that is sent in the body; if its checksum is in the URL, read_call has put
+    both together. The checksum is over the form's raw text or, as BBB allows since 2.6.18, over the
+    empty query. The latter is a weakness of BBB that we must share: whoever knows the checksum of a
+    call over the empty query can send any form to that call, for example to create. Front ends that
+    sign forms in that way know such checksums, and so does whoever reads queries in a proxy's log.
+    A guest does not: a join has parameters, and they cannot all become a part of the name, as
+    CALL_PATH allows no "=" in it.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -312,7 +315,7 @@ class Unavailable(ApiError):
 
     Mostly because the server MAY have carried it out. Or because the call is about a meeting of a
     server that went down a moment ago: for 30 s (HOLD) that may not begin elsewhere. Or because no
-    server is left that could get it; or because a list would lack what matters.
+    server is left that could get it; or because some recordings would be missing, see is_complete.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -590,7 +593,7 @@ def read_answer(response: http.client.HTTPResponse) -> Answer:
     # http.client counts it down
     length = response.length
     body = bytearray()
-    # read1 returns what has come, and closes the response at its end
+    # read1 returns what has come. It closes the response at the end, also if that comes too early
     while len(body) != length and len(body) <= MAX_ANSWER and not response.isclosed():
         body += response.read1(CHUNK)
     # too large, or cut short
@@ -731,7 +734,8 @@ class Handler:
             self.respond(bug.answer(), "bug")
         finally:
             self.balancer.handlers.discard(self)
-            # here the shutdown of SSLSocket, see linger, does no harm: nothing follows but a close
+            # (this shuts down an SSLSocket, which forgets its TLS by that. That does no harm here,
+            # as nothing is sent or read after it)
             self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
@@ -754,11 +758,11 @@ class Handler:
         Raises ConnectionError at the end of what it sends, another OSError if the connection
         breaks, and socket.timeout if it is too late.
         """
-        # the head and a form must come within HEAD_TIMEOUT, and so must what `linger` reads. While
-        # the body of a verified call comes, this is infinite, and only SILENCE_TIMEOUT counts
+        # for the head and a form together, or for all that `linger` reads. For the body of a call
+        # that was verified it is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # it is too late. But if nothing has been read yet, which would be in the buffer or a head,
-        # a last read of 1 ms follows: if our machine was paused, it may have arrived meanwhile
+        # too late. (But as long as not one byte has been read, so that buffer and path are empty,
+        # there is a last try of 1 ms: if our machine was paused, something may have arrived)
         if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -1011,7 +1015,8 @@ class Balancer(http.server.ThreadingHTTPServer):
     def close_slowest(self) -> None:
         """Close the connection for whose client we have waited longest, if that is over a second.
 
-        In any case, wait a moment: another connection may end by itself.
+        That makes its thread fail, which then takes it out of `handlers`. In any case, wait a
+        moment: for that, or for another one to end by itself.
 
         A verified call is spared until we answer it; after that its client may be too slow to take
         the answer. (If a call is verified at this very moment, it is carried out, and its client
@@ -1022,8 +1027,8 @@ class Balancer(http.server.ThreadingHTTPServer):
         once as `limit` (1,000, see connection_limit). They can be slow bodies, of somebody who got
         hold of a signed URL; nginx in front of us prevents that, as it passes on a body only when
         it is whole. (Already three bodies whose lengths add up to MAX_BODIES leave no room for
-        others.) Or they can all be one join of a guest, while it waits for a server: for seconds,
-        if nobody knows its meeting and servers are slow.
+        others.) Or a guest sends one join 1,000 times at once, and all of them wait for servers:
+        for seconds, if nobody knows its meeting and servers are slow.
         """
         slowest = min(list(self.handlers), key=lambda handler: handler.waiting_since, default=None)
         if slowest and slowest.waiting_since + 1 < time.monotonic():
@@ -1066,10 +1071,11 @@ MAX_WAITING = 200
 PROBE_TIMEOUT = 3
 # Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
-# A server that has gone down is asked again after FIRST_RETRY, and then every RETRY_INTERVAL. It
-# must be seen to be back before HOLD (30 s, below) is over. If it was silent, a survey may have
-# been sent in vain just before it came back: then it is seen 15 s later (ANSWER_TIMEOUT +
-# RETRY_INTERVAL). So outages of up to 30 - 15 s are safe.
+# A server that has gone down is asked again after FIRST_RETRY, and then RETRY_INTERVAL after each
+# survey that failed. It should be seen to be back before HOLD (30 s, below) is over, or its
+# meetings begin elsewhere. At worst a survey was sent just before it came back, which waits for
+# ANSWER_TIMEOUT in vain; the next one comes RETRY_INTERVAL later, so it is seen after 15 s. That
+# leaves 15 s for the outage.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1275,7 +1281,7 @@ class Server(Connections):
         if answer.returncode == "FAILED" and refusal in answer.body:
             # our checksums are right for any query, as verify leaves no other checksum in it. So it
             # must be the secret that is wrong. (BBB also says this of parameters in a body, and an
-            # old one of a long form. But such calls are `is_odd` in `failed`, and no outage)
+            # old one of a long form. `failed` does not mark the server down for such calls)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
@@ -1406,11 +1412,10 @@ class Claim:
 
     @property
     def asked(self) -> float:
-        """How new our knowledge is, so that a Claim can be compared as a Meeting can.
+        """Like `asked` of a Meeting, but this is no real time.
 
-        `find`, assign_known and `assign` compare it with a time, and ask the servers for a meeting
-        if our knowledge is older than that. While a create is on its way there is no need to ask;
-        after that there is, however new the claim may be.
+        `find`, assign_known and `assign` ask the servers for a meeting if what we know was asked
+        too long ago. With NEVER they do not: a create is on its way. With LONG_AGO they always do.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1548,13 +1553,14 @@ class Directory:
             if is_old or server not in self.servers:
                 return
             home = self.home(info.meeting_id)
-            first_heard = self.clock()
             if home and home.server is not server:
-                # of two meetings of one ID the one that was created later counts
-                if isinstance(home, Claim) or home.info.created > info.created:
+                # of two meetings of one ID the one that was created later counts. (-1: not known)
+                is_newer = isinstance(home, Meeting) and home.info.created <= info.created
+                if not is_newer:
                     return
-            # its home is this server, or it has none. What we heard last may have been this meeting
-            elif known and known.info.created == info.created:
+            first_heard = self.clock()
+            # what we heard last may have been this very meeting
+            if known and known.info.created == info.created:
                 first_heard = known.first_heard
             meeting = Meeting(info, server, first_heard, asked)
             self.meetings[info.meeting_id] = meeting
@@ -1570,6 +1576,7 @@ class Directory:
         with self.lock:
             known = self.meetings.get(meeting_id)
             if known and known.server is server:
+                # of a yes and a no of the same moment the yes counts
                 if known.asked >= asked:
                     return
                 # only by this ID. By its other one it is found until the next survey, or until the
@@ -1628,8 +1635,8 @@ class Directory:
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
-            # under the same lock as the meetings: as long as the server is noted as down, perhaps
-            # for longer than HOLD, a create would begin its meetings elsewhere
+            # while the lock is still held. Else a create could come between the two, see a server
+            # that has been down for longer than HOLD, and begin one of its meetings elsewhere
             self.note_shown_up(server, asked)
 
     def drop_old(self, old: float) -> None:
@@ -1701,7 +1708,8 @@ class Directory:
         create, or, if there is none, a server that `choose` chooses.
 
         Raises Unavailable if that server is down, or was tried in vain; or if it is cordoned, and
-        has not said that it has the meeting.
+        has not said that it has the meeting. (If another create of it is on its way there, it need
+        not say so.)
         """
         with self.lock:
             home = self.home(meeting_id)
@@ -1709,9 +1717,9 @@ class Directory:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
             if home.server.entry.cordoned and home.asked < asked:
-                # it did not answer: a yes would have made `home` newer, a no would have removed it.
-                # If it were not cordoned, it would get the create all the same. But the meeting may
-                # have ended, and on a cordoned server it must not begin anew
+                # it did not answer. A yes would have made a Meeting of `home` that is newer, a no
+                # would have removed it. If the server were not cordoned, it would get the create
+                # all the same. But the meeting may have ended, and must not begin anew there
                 raise Unavailable(f"{home.server} (cordoned, and silent)")
             return self.add_claim(meeting_id, home.server, home.why, tried)
 
@@ -1728,8 +1736,8 @@ class Directory:
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # `home` returns each claim that has a create on its way, or a server that is not lost. So a
-        # claim of another server is over, and replaced
+        # `server` is the home, or there is none. So a claim of another server is one that `home`
+        # has passed over, as that server is lost and no create is on its way to it: it is replaced
         if not claim or claim.server is not server:
             claim = Claim(server)
         claim.sending += 1
@@ -1952,10 +1960,10 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # nobody has it, and one server that answers is enough to say so, be it another
-                # question. Of those that are silent now we know what they had at their last survey;
-                # if it was this meeting, they are its home. (Only a server that has been silent
-                # since we started may have meetings that we do not know: they may begin twice)
+                # no server has said that it has the meeting, and those that are silent did not have
+                # it when they were surveyed last, or one of them would be its home. (Of a server
+                # that has been silent since we started we do not know: what it has may begin twice)
+                # But if not one has answered anything since, we know nothing: it may be our network
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
@@ -2024,24 +2032,32 @@ FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false beginning of
 # one can be typed: for userdata-%3C![CDATA[=x BBB writes
 #     <<![CDATA[>x</<![CDATA[></customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
-# A parser takes all from the first "<![CDATA[" to the only "]]>" for one text. This pattern matches
-# only <![CDATA[Bob]]>: a section that it matches has no other beginning of a section in it, as the
-# one from the first has; and no end of one of these elements, as the one from the second has.
-# A beginning that is left makes parse mend the text. So does a section that is too long: each of
-# its characters costs memory while its end is looked for.
+# A parser would take all from the first "<![CDATA[" to the "]]>" for one text. This pattern matches
+# <![CDATA[Bob]]> alone. A section is a false one if another one begins in it; or if one of these
+# elements ends in it, as a "]]>" can be typed, too. False ones are left, and make `parse` mend the
+# text. So does a section that is too long: each of its characters costs memory while its end is
+# looked for.
 CDATA = re.compile(
-    r"<!\[CDATA\[((?:(?!</(?:customdata|metadata|attendees?|meetings?|recordings?|response)>"
-    r"|<!\[CDATA\[).){0,100000}?)\]\]>",
-    re.DOTALL,
+    r"""(?xs)
+    <!\[CDATA\[
+    (
+        (?:
+            (?! </(?:customdata|metadata|attendees?|meetings?|recordings?|response)> )
+            (?! <!\[CDATA\[ )
+            .
+        ){0,100000}?
+    )
+    \]\]>
+    """
 )
-# The elements whose children have names that people typed.
+# The elements of custom data: their children have names that people typed.
 CUSTOM = ("customdata", "metadata")
 # The lists in which people's names for elements can be, and what their items are called. (Sessions
 # and hooks have none.)
 ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
-# What only typed names can make: an element so deep, or custom data with children.
+# What only typed names can make: an element so deep, or one in custom data that has children.
 ODD_PATHS = ("/".join("*" * MAX_DEPTH), ".//customdata/*/*", ".//metadata/*/*")
 # No real list has so many tags. To parse 32 MiB of tiny elements would take gigabytes.
 MAX_TAGS = 2_000_000
@@ -2074,9 +2090,9 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 def mend(text: str) -> ET.Element:
     """What can be read of XML that is not well-formed.
 
-    Each tag is parsed by itself. One that no parser takes is left out, also all that begins with
-    "<!" or "<?"; and so is an end without a begin. An element that is still open ends together with
-    the one around it.
+    Each tag is parsed by itself. One that no parser takes is left out, such as "<a b>" or "<!/>";
+    and so is an end without a begin. An element that is still open ends together with the one
+    around it.
     """
     root = ET.Element("response")
     # the elements whose end has not come yet, the innermost last
@@ -2095,7 +2111,8 @@ def mend(text: str) -> ET.Element:
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
-                # custom data has no children; nor has, in a list, what is no item of that list
+                # what is in custom data is never opened, as it has no children; nor is, in a list,
+                # what is no item of that list
                 is_stray = parent.tag in ITEM_OF and ITEM_OF[parent.tag] != element.tag
                 if parent.tag not in CUSTOM and not is_stray and not tag.endswith("/>"):
                     opened.append(element)
@@ -2105,22 +2122,20 @@ def mend(text: str) -> ET.Element:
 def end_element(opened: list[ET.Element], name: str) -> None:
     """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    Custom data is special. Its children, whose names were typed, are not among the open ones. In
-    <meeting><metadata><a>1</a><meeting>2</meeting></metadata></meeting> the end tags
-
-    - </a> and the first </meeting> end nothing: they belong to the children before them
-    - </metadata> ends the metadata
-    - the second </meeting> ends the meeting. It also would if </metadata> did not come, and the
-      last child were not called "meeting": typed names can open a metadata that does not end, and
-      the next meeting should not become a part of this one
+    In custom data the children, whose names were typed, are not among the open ones: their ends end
+    nothing. So of <meeting><metadata><a>1</a><meeting>2</meeting></metadata></meeting> only
+    </metadata> and the last </meeting> end something.
     """
     parent = opened[-1]
     # the root ends with the text
     may_end = opened[1:]
     if parent.tag in CUSTOM:
         is_of_child = len(parent) > 0 and parent[-1].tag == name
+        # this is the end of a child, or of a typed name that was left out, or of the custom data:
+        # it ends nothing around that. But the end of a meeting does, if it is not that of a child:
+        # typed names can open a metadata that does not end, and the next meeting should not become
+        # a part of this one
         if is_of_child or name not in ITEM_OF.values():
-            # then it can end nothing around the custom data
             may_end = [parent]
     if name in [element.tag for element in may_end]:
         while opened.pop().tag != name:
@@ -2215,13 +2230,10 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
     """The items of several servers, the newest first. Of items that are the same, the newest."""
-
-    def age(item: ET.Element) -> int:
-        return -number(item.findtext(shape.newest))
-
     every = [item for items in lists for item in items]
+    every.sort(key=lambda item: -number(item.findtext(shape.newest)))
     merged: dict[object, ET.Element] = {}
-    for item in sorted(every, key=age):
+    for item in every:
         # without an identity the item itself is the key: findtext("") finds nothing
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
@@ -2959,8 +2971,8 @@ def shown(value: str) -> str:
     """The value of a setting as a message may show it.
 
     It is hidden unless it is short, or looks like a path, a name or an address: it could be a
-    secret, or a whole file, in the wrong place. (So a secret is shown if it begins with "/", or
-    has a "." or ":" in it. One in hex never is.)
+    secret, or a whole file, in the wrong place. (So a secret is shown if it is shorter than
+    MIN_SECRET, begins with "/", or has a "." or ":" in it.)
     """
     is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
     return value if len(value) < MIN_SECRET or is_plain else "..."
@@ -3012,7 +3024,7 @@ def base_url(host: object) -> str:
 
 
 def is_secret(value: object) -> bool:
-    """Whether it may be a secret: printable, not blank, and not behind a quote or NAME=."""
+    """Whether it may be a secret: printable, not blank, and not pasted with a quote or its name."""
     text = str(value).strip()
     is_bare = text.isprintable() and not re.match("$|[\"']|TINYSCALE_", text)
     return isinstance(value, str) and is_bare
