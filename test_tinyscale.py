@@ -5025,6 +5025,21 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.states(), ["down"] * 3)
         self.assertTrue(self.directory.is_lost(first))
 
+    def test_a_yes_that_was_ignored_counts_if_who_had_a_claim_is_taken_out_meanwhile(self):
+        second = self.directory.servers[1]
+        self.fakes[0].put("room")
+        with self.directory.lock:
+            self.directory.claims["room"] = tinyscale.Claim(second, gave_up=self.clock.monotonic())
+        arrived = threading.Event()
+        self.fakes[1].faults["getMeetingInfo"] = late(threading.Event(), arrived)
+        with mock.patch.object(tinyscale, "PROBE_TIMEOUT", 0.5):
+            create = background(self.create, "room")
+            self.assertTrue(arrived.wait(5))
+            self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo")))
+            self.load([self.entries()[0], self.entries()[2]])
+            self.assertEqual(create.result(5).messageKey, "duplicateWarning")
+        self.assertEqual(self.having("room"), [self.fakes[0]])
+
     def test_a_yes_that_cannot_be_read_is_a_yes(self):
         self.fakes[1].put("room")
         cut = status(200, SUCCESS + "<meetingID>ro", "text/xml")
@@ -5033,15 +5048,26 @@ class OutageTest(ClusterTest):
         self.assertEqual(self.having("room"), [self.fakes[1]])
 
     def test_a_server_that_never_lists_its_meetings_delays_new_ones_once(self):
-        """It answers all else, so it counts as up."""
-        self.fakes[0].faults["getMeetings"] = status(500)
-        self.start()
-        server = self.directory.servers[0]
-        self.assertEqual((self.states(), server.surveyed), (["down", "up", "up"], 0))
-        with self.watched(server):
-            self.assertTrue(until(lambda: server.first_survey_ended))
-            server.note_up(self.clock.monotonic())
-            self.assertEqual(background(self.create, "room").result(5).returncode, "SUCCESS")
+        self.start_unknown()
+        self.survey_one(1)
+        self.survey_one(2)
+        create = background(self.create, "room")
+        self.assertFalse(until(create.done, 0.2))
+        self.clock.ahead += tinyscale.CONNECT_TIMEOUT + tinyscale.ANSWER_TIMEOUT
+        self.assertEqual(create.result(5).returncode, "SUCCESS")
+        self.assertEqual(self.states(), ["unknown", "up", "up"])
+        self.assertEqual(background(self.create, "another").result(2).returncode, "SUCCESS")
+
+    def test_a_server_whose_list_does_not_come_is_up_if_it_answers_other_calls(self):
+        self.fakes[0].put("room")
+        self.start_unknown()
+        gate, arrived = threading.Event(), threading.Event()
+        self.fakes[0].faults["getMeetings"] = breaks_off(gate, arrived)
+        with self.watched(self.directory.servers[0]):
+            self.assertTrue(arrived.wait(5))
+            self.assertEqual(self.get("getMeetingInfo", "meetingID=room").returncode, "SUCCESS")
+            gate.set()
+            self.assertTrue(until(lambda: self.states()[0] == "up"))
 
     def test_a_create_is_not_tried_elsewhere_with_too_little_time(self):
         """Silence would be taken for an outage then."""
@@ -5771,14 +5797,11 @@ class OutageTest(ClusterTest):
         self.survey_one(1)
         calls = [lambda number=number: self.create(f"room{number}") for number in range(4)]
         calls.append(lambda: self.get("getMeetingInfo", "meetingID=nowhere"))
-        waits = mock.Mock(side_effect=self.directory.wait_until_known)
-        with short, mock.patch.object(self.directory, "wait_until_known", waits):
+        with short:
             *creates, poll = self.together(calls)
         self.assertEqual({answer.returncode for answer in creates}, {"SUCCESS"})
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [2, 2, 0])
         self.assertEqual(poll.messageKey, "notFound")
-        # each of them once
-        self.assertEqual(waits.call_count, 5)
 
     def test_only_a_survey_marks_a_server_up(self):
         self.start_unknown()
@@ -7548,7 +7571,7 @@ class WatchingTest(ClusterTest):
             [self.fakes[2].url, str(new), self.fakes[0].url, self.fakes[1].url],
         )
         self.assertRegex(states[self.fakes[2].url], "^down for 2 min: no connection: .*refused")
-        self.assertEqual(states[str(new)], "unknown for 2 min: no answer yet")
+        self.assertEqual(states[str(new)], "unknown for 2 min: no survey yet")
         self.assertEqual(states[self.fakes[0].url], "up for 2 min")
         self.assertEqual(states[self.fakes[1].url], "cordoned for 2 min")
         unknown = ["-", "-", "-"]

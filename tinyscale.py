@@ -17,7 +17,7 @@ The way of a call:
     Handler.respond            writes a line in the log, and the answer
 
 Kept in memory, in one Directory, behind its lock: where each meeting was last seen, and which
-creates are on their way. Every server is asked for its meetings every ten seconds (a survey), so a
+creates are on their way. Every server is asked for its meetings again and again (a survey), so a
 restart loses nothing but what a silent server alone knows.
 
 To audit, read Part I, and the tables ROUTES and PAGES. Begin with verify, then parse_head, Handler
@@ -29,7 +29,8 @@ and Connections. What else to look at:
 - XML from servers: parse, and mend for it, parse it; Answer.returncode, judge, is_denial, items_of,
   relay_recording and destroy_hook search its bytes for a word.
 - Connections outside of Part I: listen and read_tls make the listener, connection_limit says how
-  many there may be, count_call counts the calls; is_served and notify connect to this host alone.
+  many there may be, count_call counts the calls. is_served connects to our own port, notify to
+  systemd.
 
 Every server is trusted with every meeting: the one that says it has a meeting gets its calls. It is
 not trusted to run a script under our name, or to keep us waiting.
@@ -94,7 +95,7 @@ CONNECT_TIMEOUT = 3
 # may have arrived in time without having been read.
 LATE = 0.5
 # How long a client may take for its TLS handshake, its head and its form, all together; and how
-# long we listen to a client that was refused but still sends.
+# long we listen to a client that has its answer but still sends.
 HEAD_TIMEOUT = 10
 # How long a client may be silent after that. A proxy in front of us gives up earlier: nginx after
 # 60 s.
@@ -150,7 +151,7 @@ class Settings:
     """All settings, of the environment and of the files that it names, checked by read_settings."""
 
     entries: tuple[Entry, ...]
-    # of the front ends; each of them opens everything
+    # of the front ends; each of them is good for every call
     secrets: tuple[str, ...]
     # "" for all addresses
     bind: str
@@ -259,10 +260,10 @@ FORM = "application/x-www-form-urlencoded"
 # If a hostile server puts a script into its answer, this field keeps a browser from running it
 # under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
-# How every answer of BBB begins. No DTD gets to the parser, as that can declare entities with which
-# a small text grows to gigabytes: `parse` in Part II parses only what matches here, drops what
-# stands before <response>, takes the rest for UTF-8 whatever is declared, and has it mended, tag by
-# tag, if there is any "<!" in it.
+# How BBB's XML begins. No DTD gets to the parser, as that can declare entities with which a small
+# text grows to gigabytes: `parse` in Part II parses only what matches here, drops what stands
+# before <response>, takes the rest for UTF-8 whatever is declared, replaces BBB's CDATA sections,
+# and has it mended, tag by tag, if any "<!" is left.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -465,7 +466,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         A form that is too long for a URL is sent as a form. Its checksum is over the empty query:
         BBB takes that since 2.6.18, see verify; an older one refuses it. Such a checksum is worth
-        more than others. But only that server sees it, which knows its own secret anyway.
+        more than others, but nobody should see it but that server, which knows its own secret.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
@@ -702,7 +703,8 @@ class Handler:
         # begin of the body. read_body copies that, and collects the rest elsewhere
         self.buffer = b""
         # read_body took the body: it has been read, or is being read. A body that was not taken,
-        # because it was refused or belongs to a join, may still be on its way, see respond
+        # because it was refused, or is that of a join or of a page, may still be on its way, see
+        # respond
         self.took_body = False
         # the whole answer has been handed to the system: is_busy in Part III does not wait for it
         self.is_answered = False
@@ -809,9 +811,9 @@ class Handler:
     def answer_page(self, page: Callable[[Balancer], Answer], password: str) -> Answer:
         """A page of our own. Unless it is public, it needs the password of user admin.
 
-        Public are the version of BBB's API, and /health, which tells whether a server is up.
-        /status shows the rooms with their names, and how many people are in them; /metrics only
-        numbers. None of them changes anything.
+        Public are the version of BBB's API, and /health, which tells whether a new meeting could be
+        placed. /status shows the rooms with their names, and how many people are in them; /metrics
+        shows the servers, and numbers. None of them changes anything.
         """
         self.call.name = self.head.path
         # some front ends ask for the version by POST. (For other pages GET is there twice)
@@ -1072,10 +1074,10 @@ PROBE_TIMEOUT = 3
 # Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
 # A server that has gone down is asked again after FIRST_RETRY, and then RETRY_INTERVAL after each
-# survey that failed. It should be seen to be back before HOLD (30 s, below) is over, or its
-# meetings begin elsewhere. At worst a survey was sent just before it came back, which waits for
-# ANSWER_TIMEOUT in vain; the next one comes RETRY_INTERVAL later, so it is seen after 15 s. That
-# leaves 15 s for the outage.
+# survey that failed, and so is one that is unknown. It should be seen to be back before HOLD (30 s,
+# below) is over, or its meetings begin elsewhere. At worst a survey was sent just before it came
+# back, which waits for ANSWER_TIMEOUT in vain; the next one comes RETRY_INTERVAL later, so it is
+# seen after 15 s. That leaves 15 s for the outage.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1166,7 +1168,7 @@ class Server(Connections):
         # and why
         self.state = "unknown"
         self.since = time.monotonic()
-        self.reason = "no answer yet"
+        self.reason = "no survey yet"
         # for each call that failed last time, but was no outage: why. So that is logged once
         self.warned: dict[str, str] = {}
         # set when it goes down: it is surveyed again soon
@@ -1184,9 +1186,7 @@ class Server(Connections):
         self.doubts = 0
         # a thread surveys it
         self.is_watched = False
-        # its first survey has ended, even if that failed. Until then it may have meetings that it
-        # never had a chance to tell us of
-        self.first_survey_ended = False
+
         # its last good survey: when it was sent, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1198,6 +1198,16 @@ class Server(Connections):
     @property
     def is_down(self) -> bool:
         return self.state == "down"
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its first survey may still be on its way: it may have meetings unknown to us.
+
+        Not for longer than 13 s. (With a slow TLS handshake a survey may take 3 s more: nobody
+        waits for that.)
+        """
+        age = time.monotonic() - self.since
+        return self.state == "unknown" and age < CONNECT_TIMEOUT + ANSWER_TIMEOUT
 
     @property
     def is_able(self) -> bool:
@@ -1243,8 +1253,8 @@ class Server(Connections):
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
             # a create that was sent twice, see sign_again. The server may have carried out the
-            # first one, and is well: a kept connection that has closed is no outage, and no reason
-            # for doubts. (Before `judge`, which might let another server have the create)
+            # first one. That a kept connection has closed is no outage, and no reason for doubts.
+            # (Before `judge`, which might let another server have the create)
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.note_answer(call, asked)
@@ -1253,8 +1263,8 @@ class Server(Connections):
     def note_answer(self, call: ApiCall, asked: float) -> None:
         """Note that a call, which was sent at the time `asked`, got a usable answer.
 
-        That does not mark the server up. Only a survey does, because it also tells which meetings
-        the server has.
+        That does not mark the server up: this is done after a survey, which should first tell which
+        meetings the server has.
         """
         self.warned.pop(call.name, None)
         if not call.route.tells_health:
@@ -1288,7 +1298,7 @@ class Server(Connections):
         if is_redirect and call.name == "join":
             return
         # some calls are not answered in BBB's XML: their answers cannot be told from error pages.
-        # So whatever comes is passed on
+        # So whatever comes is passed on, but for redirects
         may_be_no_xml = status >= 200 and not call.route.is_xml
         if (answer.returncode or may_be_no_xml) and not is_redirect:
             return
@@ -1397,9 +1407,10 @@ class Meeting(NamedTuple):
 
 @dataclass
 class Claim:
-    """A server's claim on a meetingID: it may have the meeting, but has not said so.
+    """A server's claim on a meetingID: a create may be changing what it has.
 
-    Either a create is on its way to it, or we gave up waiting for its answer to one.
+    Either the create is on its way to it, or we gave up waiting for the answer: then it may have
+    the meeting, but has not said so.
     """
 
     server: Server
@@ -1414,8 +1425,8 @@ class Claim:
     def asked(self) -> float:
         """Like `asked` of a Meeting, but this is no real time.
 
-        `find`, assign_known and `assign` ask the servers for a meeting if what we know was asked
-        too long ago. With NEVER they do not: a create is on its way. With LONG_AGO they always do.
+        `find` and `place` ask the servers for a meeting if what we know was asked too long ago.
+        With NEVER they do not: a create is on its way. With LONG_AGO they always do.
         """
         return NEVER if self.sending else LONG_AGO
 
@@ -1461,9 +1472,8 @@ class Directory:
         # the probes that are running, by meetingID. Their result is when the servers were asked
         self.probes: dict[str, futures.Future[float]] = {}
         self.threads = futures.ThreadPoolExecutor(MAX_ASKING)
-        # of each kind of list only one at a time is parsed and merged for a client. Python runs one
-        # thread at a time, and parsing a long list keeps it for long: a hundred at once would let
-        # no join through
+        # of each kind of list only one at a time is merged for a client. Python runs one thread at
+        # a time, and to parse a long list takes long: a hundred at once would let no join through
         self.merging = {name: threading.Lock() for name in LISTS}
 
     def use(self, entries: Iterable[Entry], placement: str) -> None:
@@ -1529,7 +1539,7 @@ class Directory:
             return None
         if last.server not in self.servers:
             return None
-        return last.server if self.is_lost(last.server) else None
+        return last.server if last.server.is_down else None
 
     # -- what servers say
 
@@ -1538,6 +1548,7 @@ class Directory:
 
         That is ignored
 
+        - if the server was taken out of the list
         - if we have heard something newer
         - if the home of the meeting is a claim of another server
         - if its home is another server, where it was created later than here
@@ -1853,7 +1864,7 @@ class Directory:
         def ask_one(server: Server, call: ApiCall) -> None:
             answer = None
             # not if it waited too long for a thread. Once it is sent, it has the usual time for an
-            # answer: a server that answers too late for us shows that it is up all the same
+            # answer: one that is too late for us still shows that the server is no outage
             if time.monotonic() < deadline:
                 # a copy, as each server writes its own note into it
                 answer = attempt(call.name, server.call, replace(call), "asked")
@@ -1881,27 +1892,29 @@ class Directory:
         """
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
-        have_it: dict[Server, MeetingInfo] = {}
+        ignored = []
         for server, answer in self.ask(servers, call):
             info = info_by(answer)
             if info is None and answer.returncode == "SUCCESS":
                 # this cannot be read, but it is a yes
                 info = MeetingInfo(meeting_id)
             if info and meeting_id in (info.meeting_id, info.internal_id):
-                have_it[server] = info
+                self.remember(server, info, asked)
+                home = self.home(meeting_id)
+                if home and home.server is server:
+                    return
+                ignored.append((server, info))
             elif answer.returncode == "FAILED":
-                # it has no such meeting: a checksumError, the only other reason, is not usable
+                # it has no such meeting: a checksumError is not usable, and a validationError says
+                # that none can have this ID
                 self.forget(server, meeting_id, asked)
             # (else it told of another meeting: BBB first looks for a meeting whose internal ID
             # begins like this ID. That is neither a yes nor a no)
 
-            # if server A says yes while B has a claim, or a newer meeting, `remember` ignores A
-            # until B has said no. So every yes is noted again after each answer
-            for each, its_info in have_it.items():
-                self.remember(each, its_info, asked)
-            home = self.home(meeting_id)
-            if home and home.server in have_it:
-                return
+        # `remember` ignored these, as another server had a claim, or a newer meeting. But that one
+        # may have said no since, or its create may have failed: so each yes is noted once more
+        for server, info in ignored:
+            self.remember(server, info, asked)
 
     def probe(self, meeting_id: str) -> float:
         """Ask all servers that are not down for the meeting. Return when they were asked.
@@ -1918,31 +1931,14 @@ class Directory:
         asked = self.clock()
         try:
             self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
-            if self.home(meeting_id) is None:
-                # an unknown server may have it, and not have answered: its first survey tells
-                self.wait_until_known()
+            # a new server may have it, and not have answered: its first survey tells
+            while self.home(meeting_id) is None and any(each.is_new for each in self.servers):
+                time.sleep(0.02)
         finally:
             # whatever happens, those that share it must not wait for ever
             del self.probes[meeting_id]
             mine.set_result(asked)
         return asked
-
-    def wait_until_known(self) -> None:
-        """Wait until each server is down, or its first survey has ended.
-
-        For 13 s at most. (A survey may take 3 s more, if its TLS handshake is slow: nobody waits
-        for that.)
-        """
-        deadline = time.monotonic() + CONNECT_TIMEOUT + ANSWER_TIMEOUT
-        while time.monotonic() < deadline:
-            # `surveyed`: its meetings are known, though this survey may still ask for its version.
-            # `first_survey_ended`: it may have failed
-            if all(
-                server.surveyed or server.first_survey_ended or server.is_down
-                for server in self.servers
-            ):
-                return
-            time.sleep(0.02)
 
     def find(self, meeting_id: str) -> tuple[Server | None, str]:
         """The meeting's server, and how we know; None if no server says that it has the meeting.
@@ -1962,8 +1958,8 @@ class Directory:
             if home is None:
                 # no server has said that it has the meeting, and those that are silent did not have
                 # it when they were surveyed last, or one of them would be its home. (Of a server
-                # that has been silent since we started we do not know: what it has may begin twice)
-                # But if not one has answered anything since, we know nothing: it may be our network
+                # that has never given us a list we do not know: what it has may begin twice.) But
+                # if not one has answered anything since, we know nothing: it may be our network
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
@@ -2013,8 +2009,11 @@ def watch(directory: Directory, server: Server) -> None:
     """
     while server in directory.servers:
         server.wake.clear()
+        asked = directory.clock()
         attempt("a survey", survey, directory, server)
-        server.first_survey_ended = True
+        # its list did not come; but if it has answered other calls since, it is up
+        if server.state == "unknown" and server.answered >= asked:
+            directory.note_shown_up(server, asked)
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
         if server.wake.wait(seconds):
             # it has just gone down
@@ -2030,8 +2029,8 @@ def watch(directory: Directory, server: Server) -> None:
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false beginning of
-# one can be typed: for userdata-%3C![CDATA[=x BBB writes
-#     <<![CDATA[>x</<![CDATA[></customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
+# one can be typed: for userdata-a><![CDATA[=x (encoded) BBB writes <a><![CDATA[>x</a><![CDATA[> and
+#     </customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
 # A parser would take all from the first "<![CDATA[" to the "]]>" for one text. This pattern matches
 # <![CDATA[Bob]]> alone. A section is a false one if another one begins in it; or if one of these
 # elements ends in it, as a "]]>" can be typed, too. False ones are left, and make `parse` mend the
@@ -2230,10 +2229,13 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
     """The items of several servers, the newest first. Of items that are the same, the newest."""
+
+    def age(item: ET.Element) -> int:
+        return -number(item.findtext(shape.newest))
+
     every = [item for items in lists for item in items]
-    every.sort(key=lambda item: -number(item.findtext(shape.newest)))
     merged: dict[object, ET.Element] = {}
-    for item in every:
+    for item in sorted(every, key=age):
         # without an identity the item itself is the key: findtext("") finds nothing
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
@@ -2258,9 +2260,9 @@ def success(inner: str) -> Answer:
 def create(directory: Directory, call: ApiCall) -> Answer:
     """To the server that has the meeting, or may have it; a new meeting is placed.
 
-    If that server cannot be reached, the next one gets the create. But if a server may have carried
-    it out, and has not said so, Unavailable is raised: it is not tried elsewhere. (A create without
-    a meetingID goes the same way, and BBB refuses it.)
+    If the server for a new meeting cannot be reached, the next one gets the create. But if a server
+    may have carried it out, and has not said so, Unavailable is raised: it is not tried elsewhere.
+    (A create without a meetingID goes the same way, and BBB refuses it.)
     """
     deadline = directory.clock() + LONG_TIMEOUT
     tried: set[Server] = set()
@@ -2326,7 +2328,7 @@ def join(directory: Directory, call: ApiCall) -> Answer:
                 # the pupil waits on the retry page until the room begins elsewhere, or the server
                 # comes back. (A program gets BBB's "no such meeting", and can create the room)
                 raise Unavailable(f"{lost} (down for long)")
-            # it is nowhere: any server, for BBB's own error page
+            # it is nowhere: any server that is up, for BBB's own error page
             server = directory.any_up()
     except Unavailable as error:
         if call.wants_html:
@@ -2755,7 +2757,7 @@ FIGURES: dict[str, tuple[str, Callable[[Server], float]]] = {
         lambda server: server.certificate_end,
     ),
 }
-# These are not known of a server that is down.
+# These are known only of a server that is up.
 LIVE_FIGURES = ("server_meetings", "server_participants")
 # What else /metrics tells. The counts of calls follow.
 METRICS = """\
@@ -2859,7 +2861,7 @@ UP_ROW = """
 <td title="Certificate">{days}</td>
 </tr>
 """
-# Of a server that is down, or has never answered, less is known.
+# Of a server that is down, or unknown, less is known.
 SILENT_ROW = """
 <tr>
 <th>{server}</th>
@@ -2959,7 +2961,7 @@ VARIABLES = {
 
 
 # A secret of the front ends that has fewer characters is warned of. And any setting that has so
-# many could be a secret in the wrong place, so it is not shown.
+# many could be a secret in the wrong place, see `shown`.
 MIN_SECRET = 20
 
 
@@ -3107,7 +3109,7 @@ def read_entry(where: str, item: Any) -> Entry:
         require(name in item, f"{key} is missing. It {rule}.")
         found = json.dumps(item[name])
         if re.fullmatch(may_show, found):
-            # even then there can be a secret in it: "https://bbb1.example.org/SECRET"
+            # even then there can be a secret in it: "bbb1.example.org/SECRET"
             rule += ", not " + re.sub("[A-Za-z0-9]{20,}", "...", found)[:99]
         require(is_right(item[name]), f"{key} {rule}.")
     checked = {**item, "host": host, "secret": item["secret"].strip()}
