@@ -5028,6 +5028,8 @@ class OutageTest(ClusterTest):
     def test_a_yes_that_was_ignored_counts_if_who_had_a_claim_is_taken_out_meanwhile(self):
         second = self.directory.servers[1]
         self.fakes[0].put("room")
+        # a new meeting would go to the third
+        self.directory.turn = 1
         with self.directory.lock:
             self.directory.claims["room"] = tinyscale.Claim(second, gave_up=self.clock.monotonic())
         arrived = threading.Event()
@@ -5036,6 +5038,7 @@ class OutageTest(ClusterTest):
             create = background(self.create, "room")
             self.assertTrue(arrived.wait(5))
             self.assertTrue(until(lambda: self.fakes[0].count("getMeetingInfo")))
+            self.assertTrue(until(lambda: self.directory.denials))
             self.load([self.entries()[0], self.entries()[2]])
             self.assertEqual(create.result(5).messageKey, "duplicateWarning")
         self.assertEqual(self.having("room"), [self.fakes[0]])

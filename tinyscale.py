@@ -3522,12 +3522,8 @@ MENDS = {
     "HTTP 404": "There is no BBB at this address: compare it with 'bbb-conf --secret' there",
     "HTTP 50[234]": "The proxy there runs, but not BBB behind it: try 'bbb-conf --status' there",
     "CERTIFICATE_VERIFY_FAILED": "Renew its certificate, or name its authority in SSL_CERT_FILE",
-    "Name or service|not known|resolution": (
-        "Its name is not known here: check the spelling, and DNS"
-    ),
-    "refused|timed out|no answer|unreachable": (
-        "Check that it runs, and that its firewall lets this host in"
-    ),
+    "Name or service|not known|resolution": "Its name is not known here: check spelling and DNS",
+    "refused|timed out|no answer|unreachable": "Check that it runs, and its firewall lets us in",
 }
 
 
