@@ -8837,6 +8837,27 @@ class StartTest(ProcessCase):
                 self.assertEqual(answer.messageKey, "duplicateWarning")
         self.assertEqual([sorted(fake.meetings) for fake in self.fakes], homes)
 
+    def test_a_sighup_just_after_a_look_at_the_files_is_not_lost(self):
+        class Wake(threading.Event):
+            signals = 1
+
+            def wait(self, timeout=None):
+                if not self.signals:
+                    return super().wait(0)
+                # the time is over, and now the signal comes
+                self.signals = 0
+                self.set()
+                return False
+
+            def is_set(self):
+                # who asked that before the signal came
+                return False
+
+        looks = mock.Mock(side_effect=[None, KeyboardInterrupt])
+        with mock.patch.object(tinyscale, "attempt", looks):
+            self.assertRaises(KeyboardInterrupt, tinyscale.watch_files, None, {}, Wake())
+        self.assertEqual([look[0][-1] for look in looks.call_args_list], [False, True])
+
     def test_sighup_reads_servers_and_secrets_again(self):
         path = self.write("secrets", "old\n")
         process, log, port = self.started(TINYSCALE_SECRET=None, TINYSCALE_SECRET_FILE=path)

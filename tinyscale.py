@@ -26,14 +26,14 @@ and Connections. What else to look at:
 - Secrets outside of Part I: read_settings and what it calls read them; print_url signs a URL; join
   hands out one that was signed; apply, check, Directory.use and examine pass entries on. No secret
   is ever an argument of the command line.
-- XML from servers: parse, and mend for it, parse it; Answer.returncode, judge, is_denial, items_of,
-  relay_recording and destroy_hook search its bytes for a word.
+- XML from servers is parsed by `parse`, and by `mend`, which that calls. Answer.returncode, judge,
+  is_denial, items_of, relay_recording and destroy_hook only search its bytes for a word.
 - Connections outside of Part I: listen and read_tls make the listener, connection_limit says how
   many there may be, count_call counts the calls. is_served connects to our own port, notify to
   systemd.
 
 Every server is trusted with every meeting: the one that says it has a meeting gets its calls. It is
-not trusted to run a script under our name, or to keep us waiting.
+not trusted to run a script under our name, or to send its answer drop by drop.
 """
 
 from __future__ import annotations
@@ -183,9 +183,10 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
     join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. This never makes another call
-    of BBB, as none has a name that begins with the name of another one. But a guest, who has the
-    link of a join, could make us wait for a slow body in that way. (Of a join we read none, of a
-    call that we do not know we do.) So CALL_PATH takes no name with a j but join.
+    of BBB, as none has a name that begins with the name of another one (compare ROUTES, which has
+    those that are known); and CALL_PATH takes no empty name. But a guest, who has the link of a
+    join, could make us wait for a slow body in that way. (Of a join we read none, of a call that we
+    do not know we do.) So CALL_PATH takes no name that begins with a j, but join.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -216,8 +217,8 @@ def verify(
     empty query. The latter is a weakness of BBB that we must share: whoever knows the checksum of a
     call over the empty query can send any form to that call, for example to create. Front ends that
     sign forms in that way know such checksums, and so does whoever reads queries in a proxy's log.
-    A guest does not: a join has parameters, and they cannot all become a part of the name, as
-    CALL_PATH allows no "=" in it.
+    A guest does not. His checksum would be one over the empty query if he moved all of the query
+    into the name, see `checksum`; but there is a "=" in it, which CALL_PATH does not take.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -263,7 +264,8 @@ SANDBOX = ("Content-Security-Policy", "sandbox")
 # How BBB's XML begins. No DTD gets to the parser, as that can declare entities with which a small
 # text grows to gigabytes: `parse` in Part II parses only what matches here, drops what stands
 # before <response>, takes the rest for UTF-8 whatever is declared, replaces BBB's CDATA sections,
-# and has it mended, tag by tag, if any "<!" is left.
+# and has it mended if any "<!" is left. In that each tag is parsed by itself, and a "<!DOCTYPE" by
+# itself is no XML.
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -314,9 +316,8 @@ class ApiError(Exception):
 class Unavailable(ApiError):
     """A call failed. Unless this is a NotCarriedOut, below, no other server may get the call.
 
-    Mostly because the server MAY have carried it out. Or because the call is about a meeting of a
-    server that went down a moment ago: for 30 s (HOLD) that may not begin elsewhere. Or because no
-    server is left that could get it; or because some recordings would be missing, see is_complete.
+    The most important reason is that the server MAY have carried it out. Part II has others: the
+    meeting is held for a server that is down, no server is left, or an answer would not be whole.
     """
 
     def __init__(self, note: str = "no server is up") -> None:
@@ -328,7 +329,10 @@ class Unavailable(ApiError):
 
 
 class NotCarriedOut(Unavailable):
-    """A call failed, and the server has NOT carried it out: another server may get it."""
+    """A call failed, and the server has NOT carried it out: another server may get it.
+
+    (After a 502 that is not quite sure, but taken for it: see GONE in Part II.)
+    """
 
 
 @dataclass
@@ -373,9 +377,10 @@ TRUST.minimum_version = ssl.TLSVersion.TLSv1_2
 # that many schools have made for themselves. Chain, name and dates are verified all the same.
 TRUST.verify_flags &= ~ssl.VERIFY_X509_STRICT
 
-# The fields of a server's answer that are passed on. A join with redirect=false needs the cookie
-# that BBB sets. So a server can set cookies for our name, and for the domain above it: that is
-# accepted.
+# The fields of a server's answer that are passed on. A location is that of a join that BBB refuses;
+# other redirects are no usable answers, see Server.judge. A join with redirect=false needs the
+# cookie that BBB sets. So a server can set cookies for our name, and for the domain above it: that
+# is accepted.
 PASSED_ON = ("content-type", "location", "set-cookie")
 
 
@@ -395,6 +400,9 @@ class Drops(io.RawIOBase):
     """What comes from a server, up to a deadline for the whole answer. Raises socket.timeout.
 
     The timeout of a socket alone would not do: it begins again with each drop that arrives.
+
+    If the server says "Connection: close", http.client closes the socket before it reads the body.
+    The socket still works, and is really closed when `file` is gone, together with this.
     """
 
     is_late = False
@@ -415,8 +423,8 @@ class Drops(io.RawIOBase):
             if self.is_late:
                 raise socket.timeout("timed out")
             # a read that waits too long ends below, by settimeout. So the deadline has passed
-            # between two reads, or before the first one. Perhaps our machine was paused, and the
-            # answer is there already: reading goes on for LATE, once
+            # between two reads, as data keep coming or our machine was paused. In case of a pause
+            # the answer may be there already: reading goes on, but only once and for LATE
             self.is_late = True
             self.deadline = now + LATE
         # 0 would mean: do not wait at all
@@ -536,12 +544,15 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """Send the request and read the whole answer; then keep the connection, or close it."""
         request.deadline = request.deadline or time.monotonic() + (request.timeout or 0)
 
+        # getresponse, below, calls this to make its response, which is read from its file fp
         def timed_response(sock: socket.socket, **options: Any) -> http.client.HTTPResponse:
             response = http.client.HTTPResponse(sock, **options)
             response.fp = io.BufferedReader(Drops(sock, request.deadline, response.fp))
             return response
 
         connection.response_class = timed_response
+        # for all that is sent; but over TLS for each 16 KiB of it. (A server that takes a body so
+        # slowly can keep us waiting, which is accepted)
         connection.sock.settimeout(request.timeout)
         try:
             # a server may refuse a body half way, and close; its answer can be read all the same.
@@ -764,7 +775,8 @@ class Handler:
         # that was verified it is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
         # too late. (But as long as not one byte has been read, so that buffer and path are empty,
-        # there is a last try of 1 ms: if our machine was paused, something may have arrived)
+        # there is a last try of 1 ms: if our machine was paused, something may have arrived. After
+        # a head that was refused they are empty, too; then the loop of `linger` ends it)
         if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -813,7 +825,8 @@ class Handler:
 
         Public are the version of BBB's API, and /health, which tells whether a new meeting could be
         placed. /status shows the rooms with their names, and how many people are in them; /metrics
-        shows the servers, and numbers. None of them changes anything.
+        shows the servers, and numbers. None of them changes anything. How often somebody guesses
+        the password is not limited: it should be a long one.
         """
         self.call.name = self.head.path
         # some front ends ask for the version by POST. (For other pages GET is there twice)
@@ -868,8 +881,9 @@ class Handler:
         """
         # the checksum does not cover a body. So the parameters of a call must not be in a form if
         # the URL has some already; but some clients label XML as a form. (The fields of a multipart
-        # body are not signed either, and BBB may take them for parameters, even for another
-        # meetingID. It is the same without us: a signed URL of such a call is to be kept secret)
+        # body are not signed either, and BBB may take them for parameters. It needs multipart for
+        # putRecordingTextTrack, and takes it of any call; and so do we. So whoever has the signed
+        # URL of any call but join can add parameters that it lacks, with us as without us)
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -1004,6 +1018,7 @@ class Balancer(http.server.ThreadingHTTPServer):
 
         If there are too many connections, one must go first: see close_slowest.
         """
+        # (`drain` raises the limit: this must not hold up a stop)
         while len(self.handlers) >= self.limit:
             self.close_slowest()
         handler = Handler(self, request, client_address[0])
@@ -1067,7 +1082,7 @@ ANSWER_TIMEOUT = 10
 # The same for a create, a call with a body, or a list of recordings (see is_long in ROUTES): BBB's
 # own nginx waits as long.
 LONG_TIMEOUT = 60
-# Calls that wait for one server at a time.
+# How many calls may wait for one server at the same time.
 MAX_WAITING = 200
 # For the answer to a question that is put to several servers at once.
 PROBE_TIMEOUT = 3
@@ -1077,7 +1092,7 @@ SURVEY_INTERVAL = 10
 # survey that failed, and so is one that is unknown. It should be seen to be back before HOLD (30 s,
 # below) is over, or its meetings begin elsewhere. At worst a survey was sent just before it came
 # back, which waits for ANSWER_TIMEOUT in vain; the next one comes RETRY_INTERVAL later, so it is
-# seen after 15 s. That leaves 15 s for the outage.
+# seen after 10 + 5 s. That leaves 30 - 15 s for the outage itself.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1176,7 +1191,8 @@ class Server(Connections):
         # of the calls that tell its health (see Route) and got a usable answer, when the newest one
         # was SENT: no failure of an older one marks it down, see note_down
         self.answered = 0.0
-        # the same for any answer, even an error page: then it may get a new meeting, see choose
+        # the same of calls that got any answer, even an error page. That is what `choose` asks for,
+        # as some servers answer getMeetingInfo with an error page if they lack the meeting
         self.reacted = 0.0
         # how many seconds its last answer took, to a read that tells its health
         self.took = 0.0
@@ -1289,8 +1305,9 @@ class Server(Connections):
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # our checksums are right for any query, as verify leaves no other checksum in it. So it
-            # must be the secret that is wrong. (BBB also says this of parameters in a body, and an
+            # our checksums are right for any query: BBB takes "checksum=" out of it as we do, and
+            # verify leaves no other one in it. So it must be the secret that is wrong. (BBB also
+            # says this of parameters in a body, and an
             # old one of a long form. `failed` does not mark the server down for such calls)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
@@ -1328,8 +1345,8 @@ class Server(Connections):
         """
         # a server that is well may refuse a call that has a body, or is too long for a URL
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # after a create failed the server is in doubt until two surveys were good. (Not if it is a
-        # NotCarriedOut and no outage: then our own machine could not connect, see OUR_TROUBLE)
+        # a create failed, by an outage or with an end that nobody knows: the server is in doubt
+        # until two surveys were good. (Else our own machine could not connect, see OUR_TROUBLE)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1444,13 +1461,15 @@ class Directory:
 
     What is tied to a server, and for how long:
 
-    - the home of a meeting is the server to which a create of it must go, see `home`
+    - the home of a meeting is the Meeting or the Claim that ties it to a server, to which a create
+      of it must go
     - a meeting is HELD while its home is down: calls for it fail, and it may not begin elsewhere
     - after HOLD seconds it is LOST: the next create begins it anew on another server
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        # who holds it may take it again: methods that hold it call one another
         self.lock = threading.RLock()
         self.servers: list[Server] = []
         self.placement = "turn"
@@ -1502,8 +1521,8 @@ class Directory:
 
         They may if it was taken out of the list, or has been down for HOLD. If all servers were
         down, our own network may have failed; then HOLD counts from the moment when the first one
-        came back. (This is also so for a server that has been down for an hour, if all others fail
-        and one of them returns: its meetings are held for another HOLD. That is accepted.)
+        came back, which is `recovered`, for all of them. (So if A has been down for an hour, then
+        all others fail and B returns, A's meetings are held for another HOLD. That is accepted.)
         """
         if server not in self.servers:
             return True
@@ -1515,7 +1534,7 @@ class Directory:
         return self.clock() - since >= HOLD
 
     def home(self, meeting_id: str) -> Meeting | Claim | None:
-        """What ties the meeting to a server, so that a create of it must go there.
+        """The Claim or the Meeting that ties a meeting to a server: a create of it must go there.
 
         A claim comes first, then what we heard of it. None if it is tied to no server, or to one
         that is lost.
@@ -1550,8 +1569,8 @@ class Directory:
 
         - if the server was taken out of the list
         - if we have heard something newer
-        - if the home of the meeting is a claim of another server
-        - if its home is another server, where it was created later than here
+        - if another server has a claim on the meeting
+        - if it is on another server that is not lost, and was created there later than here
 
         Otherwise it takes the place of what we knew.
         """
@@ -1565,7 +1584,8 @@ class Directory:
                 return
             home = self.home(info.meeting_id)
             if home and home.server is not server:
-                # of two meetings of one ID the one that was created later counts. (-1: not known)
+                # of two meetings of one ID the one that was created later counts; if both were at
+                # the same time, the one heard of now. Not known is -1, older than all
                 is_newer = isinstance(home, Meeting) and home.info.created <= info.created
                 if not is_newer:
                     return
@@ -1728,8 +1748,9 @@ class Directory:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
             if home.server.entry.cordoned and home.asked < asked:
-                # it did not answer. A yes would have made a Meeting of `home` that is newer, a no
-                # would have removed it. If the server were not cordoned, it would get the create
+                # it did not answer the question of the time `asked`. After a yes `home` would be a
+                # Meeting of that time, after a no it would be gone; a claim without a create on its
+                # way is older than all. If the server were not cordoned, it would get the create
                 # all the same. But the meeting may have ended, and must not begin anew there
                 raise Unavailable(f"{home.server} (cordoned, and silent)")
             return self.add_claim(meeting_id, home.server, home.why, tried)
@@ -1737,18 +1758,19 @@ class Directory:
     def add_claim(
         self, meeting_id: str, server: Server, why: str, tried: Servers
     ) -> tuple[Server, str]:
-        """Give the server a claim, as a create will be sent to it. The lock is held.
+        """Give the server a claim, as a create will be sent to it.
 
-        Returns the server, and why it is this one. Raises Unavailable if it is down, or was tried
-        in vain.
+        It is the home of the meeting, or there is none, as the caller has seen under the lock,
+        which is still held. Returns the server, and why it is this one. Raises Unavailable if it is
+        down, or was tried in vain.
         """
         if server.is_down:
             raise Unavailable(f"{server} (held)")
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # `server` is the home, or there is none. So a claim of another server is one that `home`
-        # has passed over, as that server is lost and no create is on its way to it: it is replaced
+        # a claim of another server is replaced: `home` has passed over it, which it does only if
+        # that server is lost and no create is on its way to it
         if not claim or claim.server is not server:
             claim = Claim(server)
         claim.sending += 1
@@ -1767,7 +1789,9 @@ class Directory:
         ends, unless another create is on its way, or an earlier one may have been carried out.
         """
         with self.lock:
+            # it is there: no claim is ended or replaced while a create is on its way
             claim = self.claims[meeting_id]
+            # before `remember`, which may end the claim if this was the last create
             claim.sending -= 1
             if info:
                 self.remember(claim.server, info, self.clock())
@@ -1931,7 +1955,8 @@ class Directory:
         asked = self.clock()
         try:
             self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
-            # a new server may have it, and not have answered: its first survey tells
+            # a new server may have it, and not have answered: its first survey tells. (That is also
+            # waited for if it has said no; mostly it has come by then)
             while self.home(meeting_id) is None and any(each.is_new for each in self.servers):
                 time.sleep(0.02)
         finally:
@@ -1956,10 +1981,10 @@ class Directory:
             asked = self.probe(meeting_id)
             home = self.home(meeting_id)
             if home is None:
-                # no server has said that it has the meeting, and those that are silent did not have
-                # it when they were surveyed last, or one of them would be its home. (Of a server
-                # that has never given us a list we do not know: what it has may begin twice.) But
-                # if not one has answered anything since, we know nothing: it may be our network
+                # no server has said that it has the meeting; and those that are silent had it
+                # neither at their last survey, nor by a create since, or one of them would be its
+                # home. (Of a server that has never given us a list we do not know: what it has may
+                # begin twice.) But if not one has answered anything since, it may be our network
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
@@ -1997,7 +2022,8 @@ def survey(directory: Directory, server: Server) -> None:
     directory.learn(server, infos, asked, is_whole)
     if not was_up or not server.version:
         # it may be a new version. The call without a name tells it to anybody: BBB does not look
-        # at its checksum. (That is the digest of the secret alone, and fits no other call)
+        # at its checksum. (That is the digest of the secret alone. It fits no other call, and tells
+        # no more of the secret than that of any other call)
         root, _ = parse(server.call_unlimited(ApiCall("")))
         server.version = re.sub("[^!-~]", "", root.findtext("bbbVersion", ""))
 
@@ -2011,7 +2037,8 @@ def watch(directory: Directory, server: Server) -> None:
         server.wake.clear()
         asked = directory.clock()
         attempt("a survey", survey, directory, server)
-        # its list did not come; but if it has answered other calls since, it is up
+        # it is still unknown if its list did not come, but it has answered other calls since, see
+        # note_down: so it is up. (One that is down gets no other calls)
         if server.state == "unknown" and server.answered >= asked:
             directory.note_shown_up(server, asked)
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
@@ -2028,14 +2055,15 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. A false beginning of
-# one can be typed: for userdata-a><![CDATA[=x (encoded) BBB writes <a><![CDATA[>x</a><![CDATA[> and
+# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. But "<![CDATA[" and
+# "]]>" can also be typed. For a parameter with the name userdata-a><![CDATA[ and the value x BBB
+# writes <a><![CDATA[>x</a><![CDATA[>, and goes on by itself with
 #     </customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
-# A parser would take all from the first "<![CDATA[" to the "]]>" for one text. This pattern matches
-# <![CDATA[Bob]]> alone. A section is a false one if another one begins in it; or if one of these
-# elements ends in it, as a "]]>" can be typed, too. False ones are left, and make `parse` mend the
-# text. So does a section that is too long: each of its characters costs memory while its end is
-# looked for.
+# To a parser all this, from the first "<![CDATA[" to the "]]>" behind Bob, is one text; but only
+# <![CDATA[Bob]]> is a section of BBB's. So what is matched has no other beginning of a section in
+# it, and no end of one of these elements. It also is not too long, as each of its characters costs
+# memory while its end is looked for.
+# Sections that are not matched, true or not, make `parse` mend the text.
 CDATA = re.compile(
     r"""(?xs)
     <!\[CDATA\[
@@ -2074,7 +2102,8 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # BBB writes no comments and no instructions. So if anything still looks like the begin of one,
     # or of a section, it was typed. A parser could skip what follows, and lose meetings: the text
-    # must be mended
+    # must be mended. (Without these, a typed name that ends elements around it makes no well-formed
+    # text: BBB writes each name twice, in the begin and in the end of the element)
     if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -2094,7 +2123,7 @@ def mend(text: str) -> ET.Element:
     around it.
     """
     root = ET.Element("response")
-    # the elements whose end has not come yet, the innermost last
+    # the elements whose end has not come yet, and which may have children; the innermost last
     opened = [root]
     # the end of a list could be a typed name. It is not needed: the list ends with the text
     text = re.sub("</(meeting|recording)s>", "", text)
@@ -2110,8 +2139,8 @@ def mend(text: str) -> ET.Element:
                 element = ET.fromstring(tag.rstrip("/>") + "/>")
                 element.text = FORBIDDEN.sub(" ", html.unescape(behind))
                 parent.append(element)
-                # what is in custom data is never opened, as it has no children; nor is, in a list,
-                # what is no item of that list
+                # these have no children: what is in custom data; and what is in <meetings> or
+                # <recordings>, but is no <meeting> or <recording>
                 is_stray = parent.tag in ITEM_OF and ITEM_OF[parent.tag] != element.tag
                 if parent.tag not in CUSTOM and not is_stray and not tag.endswith("/>"):
                     opened.append(element)
@@ -2121,19 +2150,19 @@ def mend(text: str) -> ET.Element:
 def end_element(opened: list[ET.Element], name: str) -> None:
     """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    In custom data the children, whose names were typed, are not among the open ones: their ends end
-    nothing. So of <meeting><metadata><a>1</a><meeting>2</meeting></metadata></meeting> only
-    </metadata> and the last </meeting> end something.
+    Within custom data, whose children are never open, an end counts only if it is
+
+    - its own, even if it is that of a child of the same name
+    - that of the meeting or recording, but not of a child. In <meeting><metadata><meeting>x
+      </meeting></metadata></meeting> the first </meeting> ends nothing. But in
+      <meeting><metadata><a>x</meeting> it ends the meeting: typed names can open a metadata that
+      does not end, and the next meeting must not become a part of this one
     """
     parent = opened[-1]
     # the root ends with the text
     may_end = opened[1:]
     if parent.tag in CUSTOM:
         is_of_child = len(parent) > 0 and parent[-1].tag == name
-        # this is the end of a child, or of a typed name that was left out, or of the custom data:
-        # it ends nothing around that. But the end of a meeting does, if it is not that of a child:
-        # typed names can open a metadata that does not end, and the next meeting should not become
-        # a part of this one
         if is_of_child or name not in ITEM_OF.values():
             may_end = [parent]
     if name in [element.tag for element in may_end]:
@@ -2608,6 +2637,7 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 
 # Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them
 # or has no webhooks. So of these every answer is passed on that is no redirect, even a proxy's 502.
+# (To hooks/list a 404 means that there are no hooks, see items_of; a hooks/create it makes fail.)
 # Of the calls about recordings only those that ask for a list are slow.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
@@ -3169,7 +3199,8 @@ def has_expired(pem: str) -> bool:
         return False
     now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
     # a 20 is put before it, which makes YYYY of YY; and if it was YYYY already, the last 14 digits
-    # are without that 20
+    # are without that 20. (If something else in it looks like that, the warning may be wrong: no
+    # more)
     end = (b"20" + until[1])[-14:]
     return end < now.encode()
 
@@ -3357,6 +3388,7 @@ def begin_log(settings: Settings) -> LogHandler:
     """Write the log to stderr."""
     # if stderr cannot be written, logging must not try to say so there
     logging.raiseExceptions = False
+    # it also makes the text of each line; so StreamHandler, below, needs no layout
     handler = LogHandler(queue.Queue(MAX_LOG))
     layout = "%(asctime)s %(levelname)s %(message)s"
     if settings.is_journal:
@@ -3444,9 +3476,9 @@ def watch_files(balancer: Balancer, environment: Environment, wake: threading.Ev
     In a thread of its own: a file system that hangs must not hold up a stop.
     """
     while True:
-        wake.wait(SURVEY_INTERVAL)
-        is_forced = wake.is_set()
-        wake.clear()
+        is_forced = wake.wait(SURVEY_INTERVAL)
+        if is_forced:
+            wake.clear()
         attempt("reading the settings", reload, balancer, environment, is_forced)
 
 
