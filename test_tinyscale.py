@@ -3835,8 +3835,8 @@ def release_when_silent(self, meeting_id, may_have, info=None):
     tinyscale.Directory.release(self, meeting_id, False, info)
 
 
-def home_without_claims(self, meeting_id):
-    home = tinyscale.Directory.home(self, meeting_id)
+def tie_without_claims(self, meeting_id):
+    home = tinyscale.Directory.tie(self, meeting_id)
     return None if isinstance(home, tinyscale.Claim) else home
 
 
@@ -3866,7 +3866,7 @@ BROKEN = {
     "a create that says SUCCESS is not remembered": {"release": release_without_remembering},
     "a create that was not answered leaves no claim": {"release": release_when_silent},
     "a create on its way has no claim": {
-        "home": home_without_claims,
+        "tie": tie_without_claims,
         "release": release_if_claimed,
     },
     "a cordoned server's silence is a no": {"assign": assign_where_silence_is_a_no},
@@ -4012,7 +4012,7 @@ class Play:
         """What is alive and known is found without asking."""
         for server in self.directory.servers:
             for meeting_id, life in self.machines[str(server)].lives.items():
-                home = self.directory.home(meeting_id)
+                home = self.directory.tie(meeting_id)
                 if life.is_known and not (home and home.server is server):
                     raise AssertionError(f"{meeting_id} is on {server}, not at {home}")
 
@@ -4303,9 +4303,9 @@ class EvidenceTest(unittest.TestCase):
         directory.release("room", may_have=True)
         directory.remember(one, tinyscale.MeetingInfo("room", created=1), 158.0)
         directory.forget(one, "room", 159.0)
-        self.assertEqual(directory.home("room").why, "may have it")
+        self.assertEqual(directory.tie("room").why, "may have it")
         directory.forget(one, "room", 161.0)
-        self.assertIsNone(directory.home("room"))
+        self.assertIsNone(directory.tie("room"))
 
     def test_a_yes_that_comes_after_a_newer_no_is_no_news(self):
         directory = tinyscale.Directory(lambda: 100.0)
@@ -4317,12 +4317,12 @@ class EvidenceTest(unittest.TestCase):
         # and a no that is older still changes nothing in that
         directory.forget(one, "room", 10.0)
         directory.remember(one, room, 11.0)
-        self.assertIsNone(directory.home("room"))
+        self.assertIsNone(directory.tie("room"))
         # of another server it says nothing
         directory.remember(two, room, 11.0)
-        self.assertIs(directory.home("room").server, two)
+        self.assertIs(directory.tie("room").server, two)
         directory.remember(one, room, 13.0)
-        self.assertIs(directory.home("room").server, one)
+        self.assertIs(directory.tie("room").server, one)
 
     def test_an_internal_id_takes_no_meeting_of_that_name_away(self):
         directory = tinyscale.Directory(lambda: 100.0)
@@ -4331,9 +4331,9 @@ class EvidenceTest(unittest.TestCase):
         one, two = directory.servers
         directory.remember(one, tinyscale.MeetingInfo("room", "room-1", created=2000), 98.0)
         directory.remember(two, tinyscale.MeetingInfo("mine", "room", created=3000), 99.0)
-        self.assertIs(directory.home("room").server, one)
-        self.assertIs(directory.home("mine").server, two)
-        self.assertIs(directory.home("room-1").server, one)
+        self.assertIs(directory.tie("room").server, one)
+        self.assertIs(directory.tie("mine").server, two)
+        self.assertIs(directory.tie("room-1").server, one)
 
     def test_the_play_notices_when_a_rule_is_broken(self):
         for rule, methods in BROKEN.items():
@@ -5137,7 +5137,7 @@ class OutageTest(ClusterTest):
         note_up, seen = server.note_up, []
 
         def note_up_late(asked):
-            look = background(self.directory.home, "room")
+            look = background(self.directory.tie, "room")
             with contextlib.suppress(futures.TimeoutError):
                 look.result(0.1)
             note_up(asked)
@@ -6607,6 +6607,15 @@ class ListsTest(ClusterTest):
                 )
                 self.assertIs(self.directory.find(expected[3])[0], self.directory.servers[0])
         self.assertEqual([len(fake.meetings) for fake in self.fakes], [3] * 3)
+
+    def test_a_typed_name_that_ends_the_custom_data_around_it_is_found(self):
+        """The text is well-formed all the same."""
+        for outer in ("customdata", "metadata"):
+            name = f"{outer}></{outer}><isbreakout>true</isbreakout><{outer}"
+            inner = f"<meeting><{outer}><{name}>x</{name}></{outer}></meeting>"
+            body = f"{SUCCESS}<meetings>{inner}</meetings></response>".encode()
+            ET.fromstring(body)
+            self.assertFalse(tinyscale.parse(tinyscale.Answer(200, body))[1])
 
     # what looks like another meeting, and a name that puts it into the list
     FALSE = "<meeting><meetingID>victim</meetingID><createTime>9999999999999</createTime>"

@@ -123,11 +123,11 @@ MAX_QUERY = 7000
 # ---- settings ------------------------------------------------------------------------------------
 
 # By the length of the digest in hex, as BBB tells them apart: the caller chooses, and no setting
-# forbids one. Old front ends have only SHA-1. SHA-1 is weak where somebody can make two texts with
-# the same digest: then they have the same, too, with our secret behind them. A pupil chooses the
-# name of a person that a front end puts into a join, and signs. Could he have one text of such a
-# pair signed, and use the checksum for the other one, some other call? Not today: the pairs that
-# can be computed contain arbitrary bytes, but here only the characters of an encoded query can be.
+# forbids one. Old front ends have only SHA-1. With SHA-1 somebody can make two texts that have the
+# same digest, also with our secret behind both. One text would have to be that of a join, in which
+# a pupil chooses the name of a person, and which a front end signs; then its checksum would fit the
+# other text, some other call. But the pairs that can be made today contain arbitrary bytes, and
+# here both may only have the characters of an encoded query, see REQUEST.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -182,11 +182,9 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
 
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
-    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. This never makes another call
-    of BBB, as none has a name that begins with the name of another one (compare ROUTES, which has
-    those that are known); and CALL_PATH takes no empty name. But a guest, who has the link of a
-    join, could make us wait for a slow body in that way. (Of a join we read none, of a call that we
-    do not know we do.) So CALL_PATH takes no name that begins with a j, but join.
+    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. With that one comes from a
+    call only to names with which its own begins, or which begin with its own. No two calls of BBB
+    have such names, see ROUTES. CALL_PATH says what else a guest could do with that.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -217,8 +215,8 @@ def verify(
     empty query. The latter is a weakness of BBB that we must share: whoever knows the checksum of a
     call over the empty query can send any form to that call, for example to create. Front ends that
     sign forms in that way know such checksums, and so does whoever reads queries in a proxy's log.
-    A guest does not. His checksum would be one over the empty query if he moved all of the query
-    into the name, see `checksum`; but there is a "=" in it, which CALL_PATH does not take.
+    A guest does not: that of join?meetingID=x is over the empty query only for a call named
+    joinmeetingID=x, and CALL_PATH takes no "=".
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -261,11 +259,8 @@ FORM = "application/x-www-form-urlencoded"
 # If a hostile server puts a script into its answer, this field keeps a browser from running it
 # under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
-# How BBB's XML begins. No DTD gets to the parser, as that can declare entities with which a small
-# text grows to gigabytes: `parse` in Part II parses only what matches here, drops what stands
-# before <response>, takes the rest for UTF-8 whatever is declared, replaces BBB's CDATA sections,
-# and has it mended if any "<!" is left. In that each tag is parsed by itself, and a "<!DOCTYPE" by
-# itself is no XML.
+# How BBB's XML begins. What does not match is never parsed. (No DTD may get to the parser, as that
+# can declare entities with which a small text grows to gigabytes. `parse` in Part II sees to that.)
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -402,7 +397,7 @@ class Drops(io.RawIOBase):
     The timeout of a socket alone would not do: it begins again with each drop that arrives.
 
     If the server says "Connection: close", http.client closes the socket before it reads the body.
-    The socket still works, and is really closed when `file` is gone, together with this.
+    But it still works as long as there is `file`, and Drops keeps that.
     """
 
     is_late = False
@@ -417,7 +412,7 @@ class Drops(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> Any:
-        """Read what is there, at least one byte, or wait for it; 0 at the end."""
+        """Read what has come, or wait for it. Return how many bytes, 0 at the end."""
         now = time.monotonic()
         if now > self.deadline:
             if self.is_late:
@@ -551,8 +546,7 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return response
 
         connection.response_class = timed_response
-        # for all that is sent; but over TLS for each 16 KiB of it. (A server that takes a body so
-        # slowly can keep us waiting, which is accepted)
+        # the head must be sent within that time, and then the body
         connection.sock.settimeout(request.timeout)
         try:
             # a server may refuse a body half way, and close; its answer can be read all the same.
@@ -628,9 +622,9 @@ REQUEST = re.compile(
 END_OF_HEAD = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 # A slash too many is forgiven: Greenlight 3.0.1 sends /api//create, bigbluepy sends join/.
 #
-# No name but join may begin with a j. Otherwise a guest could turn the checksum of a join link into
-# that of another name, such as "joi", see `checksum`. BBB has no such call. But as the checksum
-# would be right, Handler.read_call would wait patiently for a body of 100 MiB; and so a guest could
+# No name but join may begin with a j. Otherwise the checksum of a guest's join link would be right
+# for names such as "joi" or "joinm", too, see `checksum`. BBB has no such calls. But for a call
+# that we do not know Handler.read_call waits patiently for a body of 100 MiB; so a guest could
 # occupy all connections for as long as he likes. The body of a join is not read. (Whoever gets hold
 # of another signed URL can do that. What a guest can do with joins alone: see close_slowest.)
 CALL_PATH = re.compile(r"/bigbluebutton/api/{1,2}(join|(?!j)[A-Za-z0-9]+(?:/[A-Za-z0-9]+)*)/?")
@@ -731,6 +725,7 @@ class Handler:
                 self.sock = tls.wrap_socket(
                     self.sock, server_side=True, do_handshake_on_connect=False
                 )
+                # for all of the handshake
                 self.sock.settimeout(HEAD_TIMEOUT)
                 self.sock.do_handshake()
             self.handle()
@@ -747,8 +742,8 @@ class Handler:
             self.respond(bug.answer(), "bug")
         finally:
             self.balancer.handlers.discard(self)
-            # (this shuts down an SSLSocket, which forgets its TLS by that. That does no harm here,
-            # as nothing is sent or read after it)
+            # (if the shutdown of an SSLSocket were not the last thing that is done with it, what
+            # follows would be sent and read in clear text, see `linger`)
             self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
@@ -774,9 +769,8 @@ class Handler:
         # for the head and a form together, or for all that `linger` reads. For the body of a call
         # that was verified it is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # too late. (But as long as not one byte has been read, so that buffer and path are empty,
-        # there is a last try of 1 ms: if our machine was paused, something may have arrived. After
-        # a head that was refused they are empty, too; then the loop of `linger` ends it)
+        # too late. But if nothing has been read yet, neither a part of a head nor all of it, there
+        # is a last try of 1 ms: if our machine was paused, it may have arrived meanwhile
         if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -789,15 +783,15 @@ class Handler:
         """The head of the request. Raises ApiError if it is too large."""
         searched = 0
         while not END_OF_HEAD.search(self.buffer, searched) and len(self.buffer) <= MAX_HEAD:
-            # the next search begins where this one ended, less the four bytes in which an end may
-            # have begun (the pattern still sees a CR before that). Otherwise a head that comes byte
+            # the next search begins where this one ended, less the three bytes in which an end may
+            # have begun (a CR before these is seen by the lookbehind). Else a head that comes byte
             # by byte would be searched 65,536 times
-            searched = max(0, len(self.buffer) - 4)
+            searched = max(0, len(self.buffer) - 3)
             self.buffer += self.receive()
             # the first byte of a TLS handshake
             if self.buffer.startswith(b"\x16"):
                 raise ConnectionError(errno.EPROTO, "it speaks HTTPS to a port of plain HTTP")
-        # if there is no such end, `head` is the whole buffer, and parse_head refuses it
+        # if there is a bare LF instead, `head` is the whole buffer, and parse_head refuses it
         head, end, self.buffer = self.buffer.partition(b"\r\n\r\n")
         if len(head) > MAX_HEAD:
             raise ApiError("badRequest", "The head of the request is too large", 431)
@@ -880,10 +874,11 @@ class Handler:
         Raises ApiError.
         """
         # the checksum does not cover a body. So the parameters of a call must not be in a form if
-        # the URL has some already; but some clients label XML as a form. (The fields of a multipart
-        # body are not signed either, and BBB may take them for parameters. It needs multipart for
-        # putRecordingTextTrack, and takes it of any call; and so do we. So whoever has the signed
-        # URL of any call but join can add parameters that it lacks, with us as without us)
+        # the URL has some already; but some clients label XML as a form.
+        # Accepted: BBB may take the fields of a multipart body for parameters, and they are not
+        # signed. It needs such bodies for putRecordingTextTrack, but takes them for any call, and
+        # so do we. Whoever has a signed URL (a guest has only that of a join) can add parameters
+        # in this way, or perhaps replace some, with us as without us
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -1018,7 +1013,8 @@ class Balancer(http.server.ThreadingHTTPServer):
 
         If there are too many connections, one must go first: see close_slowest.
         """
-        # (`drain` raises the limit: this must not hold up a stop)
+        # (when we stop, `drain` raises the limit, so that this loop ends. What still comes waits in
+        # the pool's queue, until a thread is free or we end)
         while len(self.handlers) >= self.limit:
             self.close_slowest()
         handler = Handler(self, request, client_address[0])
@@ -1088,11 +1084,13 @@ MAX_WAITING = 200
 PROBE_TIMEOUT = 3
 # Between two surveys of a server that is up.
 SURVEY_INTERVAL = 10
-# A server that has gone down is asked again after FIRST_RETRY, and then RETRY_INTERVAL after each
-# survey that failed, and so is one that is unknown. It should be seen to be back before HOLD (30 s,
-# below) is over, or its meetings begin elsewhere. At worst a survey was sent just before it came
-# back, which waits for ANSWER_TIMEOUT in vain; the next one comes RETRY_INTERVAL later, so it is
-# seen after 10 + 5 s. That leaves 30 - 15 s for the outage itself.
+# How long the meetings of a server that is down are held: they may not begin anew elsewhere.
+HOLD = 30
+# A server that has gone down is surveyed again FIRST_RETRY later, and then RETRY_INTERVAL after
+# each survey that failed; an unknown server, too. If it comes back, that should be seen within
+# HOLD. Say that it comes back x seconds after we marked it down, just after a survey was sent in
+# vain. That survey fails at x + ANSWER_TIMEOUT, and the next one finds it RETRY_INTERVAL later. So
+# its meetings stay its own if x is less than 15.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1100,8 +1098,6 @@ RETRY_INTERVAL = 5
 MEETING_TTL = 30
 # How long "no server has this meeting" is believed: people poll for meetings to begin.
 ABSENCE_TTL = 1
-# How long the meetings of a server that is down are held: they may not begin anew elsewhere.
-HOLD = 30
 # With TINYSCALE_PLACEMENT=load a meeting counts for at least EXPECTED people until we have known it
 # for so long.
 YOUNG = 15 * 60
@@ -1143,8 +1139,9 @@ OUR_TROUBLE = (
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# What a proxy answers if no BBB works behind it. Another server may get the call then, but not
-# after a 504: BBB got the call, and may have carried it out.
+# What a proxy answers if no BBB works behind it. (A 404 is here, as BBB knows all calls of which an
+# error page matters, see Server.judge.) Another server may get the call then, but not after a 504:
+# BBB got the call, and may have carried it out.
 #
 # BBB may have carried out a create that ended in a 502, too, if it broke off in the middle. That is
 # accepted. Mostly it is being restarted then, and loses its meetings. If not, the meeting may run
@@ -1202,7 +1199,6 @@ class Server(Connections):
         self.doubts = 0
         # a thread surveys it
         self.is_watched = False
-
         # its last good survey: when it was sent, and the meetings that it found
         self.surveyed = 0.0
         self.listed: dict[str, MeetingInfo] = {}
@@ -1217,10 +1213,10 @@ class Server(Connections):
 
     @property
     def is_new(self) -> bool:
-        """Whether its first survey may still be on its way: it may have meetings unknown to us.
+        """Whether it may have meetings unknown to us, as its first survey may be on its way.
 
-        Not for longer than 13 s. (With a slow TLS handshake a survey may take 3 s more: nobody
-        waits for that.)
+        That is so for 13 s. (With slow DNS, a second address or a slow TLS handshake a survey may
+        take longer: nobody waits for that.)
         """
         age = time.monotonic() - self.since
         return self.state == "unknown" and age < CONNECT_TIMEOUT + ANSWER_TIMEOUT
@@ -1305,10 +1301,10 @@ class Server(Connections):
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # our checksums are right for any query: BBB takes "checksum=" out of it as we do, and
-            # verify leaves no other one in it. So it must be the secret that is wrong. (BBB also
-            # says this of parameters in a body, and an
-            # old one of a long form. `failed` does not mark the server down for such calls)
+            # the server is marked down for this: its secret in servers.json must be wrong. No
+            # caller can bring it about, as verify lets no second checksum through, however it is
+            # written. (BBB also says this of parameters in a body, and an old one of a long form.
+            # `failed` does not mark the server down for such calls)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
@@ -1345,8 +1341,8 @@ class Server(Connections):
         """
         # a server that is well may refuse a call that has a body, or is too long for a URL
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # a create failed, by an outage or with an end that nobody knows: the server is in doubt
-        # until two surveys were good. (Else our own machine could not connect, see OUR_TROUBLE)
+        # a create failed: the server is in doubt until two surveys were good. But not if this was
+        # no outage, and it surely did not get the create: then only our own machine had trouble
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1461,8 +1457,8 @@ class Directory:
 
     What is tied to a server, and for how long:
 
-    - the home of a meeting is the Meeting or the Claim that ties it to a server, to which a create
-      of it must go
+    - the home of a meeting is the server to which a create of it must go. What ties the meeting to
+      it is a Meeting or a Claim, see `tie`
     - a meeting is HELD while its home is down: calls for it fail, and it may not begin elsewhere
     - after HOLD seconds it is LOST: the next create begins it anew on another server
     """
@@ -1521,8 +1517,9 @@ class Directory:
 
         They may if it was taken out of the list, or has been down for HOLD. If all servers were
         down, our own network may have failed; then HOLD counts from the moment when the first one
-        came back, which is `recovered`, for all of them. (So if A has been down for an hour, then
-        all others fail and B returns, A's meetings are held for another HOLD. That is accepted.)
+        came back, `recovered`, for all servers. (Even for one that had been down for an hour. That
+        is accepted. And while all have been down for longer than HOLD, all their meetings are lost;
+        but there is no server to begin them on.)
         """
         if server not in self.servers:
             return True
@@ -1533,7 +1530,7 @@ class Directory:
         since = max(server.since, self.recovered)
         return self.clock() - since >= HOLD
 
-    def home(self, meeting_id: str) -> Meeting | Claim | None:
+    def tie(self, meeting_id: str) -> Meeting | Claim | None:
         """The Claim or the Meeting that ties a meeting to a server: a create of it must go there.
 
         A claim comes first, then what we heard of it. None if it is tied to no server, or to one
@@ -1549,7 +1546,7 @@ class Directory:
             return None
 
     def lost_server(self, meeting_id: str) -> Server | None:
-        """For a meeting that has no home: the server that had it, and has been down for too long.
+        """For `join`, of a meeting without a home: the server that had it, if it is still down.
 
         None if there is none, or if it was taken out of the list: it is no use to wait for that.
         """
@@ -1569,24 +1566,24 @@ class Directory:
 
         - if the server was taken out of the list
         - if we have heard something newer
-        - if another server has a claim on the meeting
+        - if another server, which is not lost, has a claim on the meeting
         - if it is on another server that is not lost, and was created there later than here
 
         Otherwise it takes the place of what we knew.
         """
         with self.lock:
-            # what we heard last, perhaps of a server that is lost by now: then it is not the home
+            # what we heard last, perhaps of a server that is lost by now: then it is no tie
             known = self.meetings.get(info.meeting_id)
             # when this server was asked that said no
             denied = self.denials.get((server, info.meeting_id), LONG_AGO)
             is_old = denied > asked or (known is not None and known.asked > asked)
             if is_old or server not in self.servers:
                 return
-            home = self.home(info.meeting_id)
-            if home and home.server is not server:
+            tie = self.tie(info.meeting_id)
+            if tie and tie.server is not server:
                 # of two meetings of one ID the one that was created later counts; if both were at
                 # the same time, the one heard of now. Not known is -1, older than all
-                is_newer = isinstance(home, Meeting) and home.info.created <= info.created
+                is_newer = isinstance(tie, Meeting) and tie.info.created <= info.created
                 if not is_newer:
                     return
             first_heard = self.clock()
@@ -1645,23 +1642,25 @@ class Directory:
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
                 ties = [*self.meetings.items(), *self.claims.items()]
+                # (also of claims with a create on its way: its yes will be newer, see `release`)
                 for key, tie in ties:
                     if tie.server is server and key not in told:
                         self.forget(server, key, asked)
             else:
                 for meeting_id in listed:
-                    home = self.home(meeting_id)
-                    if home is None:
+                    known = self.tie(meeting_id)
+                    if known is None:
                         # a hint. As it is older than everything, the next call for this meeting
-                        # asks the servers first, and any answer counts more
+                        # asks the servers first, and any answer counts more. (`remember` ignores it
+                        # if it knows of a server that is lost by now)
                         self.remember(server, MeetingInfo(meeting_id), LONG_AGO)
                     elif (
-                        isinstance(home, Meeting)
-                        and home.server is server
-                        and home.asked > LONG_AGO
+                        isinstance(known, Meeting)
+                        and known.server is server
+                        and known.asked > LONG_AGO
                     ):
                         # a server has said so, so this is no mere hint: it is confirmed
-                        self.remember(server, home.info, asked)
+                        self.remember(server, known.info, asked)
             self.note_twins(server, listed.keys(), asked)
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
@@ -1679,7 +1678,8 @@ class Directory:
         self.absent.clear()
         # a denial is needed as long as a yes may come that was asked for before it. A question is
         # answered after some 16 s at most (CONNECT_TIMEOUT twice and ANSWER_TIMEOUT). Slow DNS, or
-        # many addresses, can make it longer; then a wrong yes counts until the next survey
+        # many addresses, can make it longer; then a wrong yes counts until the next survey. (The
+        # yes to a create counts as asked when it comes, see `release`)
         self.denials = {key: when for key, when in self.denials.items() if when > old}
         # twins that no survey has found since
         self.twins = {key: when for key, when in self.twins.items() if when > old}
@@ -1723,12 +1723,12 @@ class Directory:
         Raises Unavailable if the server is down, or among those that were tried in vain.
         """
         with self.lock:
-            home = self.home(meeting_id)
+            tie = self.tie(meeting_id)
             oldest = self.clock() - MEETING_TTL
             # a cordoned server is always asked: a meeting that has ended there must begin elsewhere
-            if home is None or home.server.entry.cordoned or home.asked < oldest:
+            if tie is None or tie.server.entry.cordoned or tie.asked < oldest:
                 return None
-            return self.add_claim(meeting_id, home.server, home.why, tried)
+            return self.add_claim(meeting_id, tie.server, tie.why, tried)
 
     def assign(
         self, meeting_id: str, tried: Servers, asked: float, parent: Server | None
@@ -1743,24 +1743,25 @@ class Directory:
         not say so.)
         """
         with self.lock:
-            home = self.home(meeting_id)
-            if home is None:
+            tie = self.tie(meeting_id)
+            if tie is None:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
-            if home.server.entry.cordoned and home.asked < asked:
-                # it did not answer the question of the time `asked`. After a yes `home` would be a
-                # Meeting of that time, after a no it would be gone; a claim without a create on its
-                # way is older than all. If the server were not cordoned, it would get the create
-                # all the same. But the meeting may have ended, and must not begin anew there
-                raise Unavailable(f"{home.server} (cordoned, and silent)")
-            return self.add_claim(meeting_id, home.server, home.why, tried)
+            # after a no there would be no tie; after a yes it would be a Meeting with the time
+            # `asked` or later; and if a create is on its way there, tie.asked is NEVER
+            is_silent = tie.asked < asked
+            if is_silent and tie.server.entry.cordoned:
+                # if it were not cordoned, it would get the create all the same. But the meeting may
+                # have ended, and must not begin anew on a cordoned server
+                raise Unavailable(f"{tie.server} (cordoned, and silent)")
+            return self.add_claim(meeting_id, tie.server, tie.why, tried)
 
     def add_claim(
         self, meeting_id: str, server: Server, why: str, tried: Servers
     ) -> tuple[Server, str]:
         """Give the server a claim, as a create will be sent to it.
 
-        It is the home of the meeting, or there is none, as the caller has seen under the lock,
+        It is the home of the meeting, or there is no home, as the caller has seen under the lock,
         which is still held. Returns the server, and why it is this one. Raises Unavailable if it is
         down, or was tried in vain.
         """
@@ -1769,7 +1770,7 @@ class Directory:
         if server in tried:
             raise Unavailable(f"{server} (tried in vain)")
         claim = self.claims.get(meeting_id)
-        # a claim of another server is replaced: `home` has passed over it, which it does only if
+        # a claim of another server is replaced: `tie` has passed over it, which it does only if
         # that server is lost and no create is on its way to it
         if not claim or claim.server is not server:
             claim = Claim(server)
@@ -1912,7 +1913,7 @@ class Directory:
     def ask_for(self, meeting_id: str, servers: Servers) -> None:
         """Ask these servers for the meeting, and note what they say.
 
-        Returns as soon as one of them has said that it has the meeting, and counts as its home.
+        Returns as soon as one of them has said that it has the meeting, and is its home then.
         """
         asked = self.clock()
         call = ApiCall("getMeetingInfo", f"meetingID={quote_plus(meeting_id)}")
@@ -1924,8 +1925,8 @@ class Directory:
                 info = MeetingInfo(meeting_id)
             if info and meeting_id in (info.meeting_id, info.internal_id):
                 self.remember(server, info, asked)
-                home = self.home(meeting_id)
-                if home and home.server is server:
+                tie = self.tie(meeting_id)
+                if tie and tie.server is server:
                     return
                 ignored.append((server, info))
             elif answer.returncode == "FAILED":
@@ -1935,8 +1936,8 @@ class Directory:
             # (else it told of another meeting: BBB first looks for a meeting whose internal ID
             # begins like this ID. That is neither a yes nor a no)
 
-        # `remember` ignored these, as another server had a claim, or a newer meeting. But that one
-        # may have said no since, or its create may have failed: so each yes is noted once more
+        # say A has said yes, but `remember` ignored it, as B had a claim, or a newer meeting. If B
+        # has said no since, or its create has failed, A's yes counts: so it is noted once more
         for server, info in ignored:
             self.remember(server, info, asked)
 
@@ -1957,7 +1958,7 @@ class Directory:
             self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
             # a new server may have it, and not have answered: its first survey tells. (That is also
             # waited for if it has said no; mostly it has come by then)
-            while self.home(meeting_id) is None and any(each.is_new for each in self.servers):
+            while self.tie(meeting_id) is None and any(each.is_new for each in self.servers):
                 time.sleep(0.02)
         finally:
             # whatever happens, those that share it must not wait for ever
@@ -1972,29 +1973,30 @@ class Directory:
         answers.
         """
         now = self.clock()
-        home = self.home(meeting_id)
-        if home is None:
+        tie = self.tie(meeting_id)
+        if tie is None:
             is_sure = self.absent.get(meeting_id, LONG_AGO) >= now - ABSENCE_TTL
         else:
-            is_sure = home.server.is_down or home.asked >= now - MEETING_TTL
+            is_sure = tie.server.is_down or tie.asked >= now - MEETING_TTL
         if not is_sure:
             asked = self.probe(meeting_id)
-            home = self.home(meeting_id)
-            if home is None:
-                # no server has said that it has the meeting; and those that are silent had it
-                # neither at their last survey, nor by a create since, or one of them would be its
-                # home. (Of a server that has never given us a list we do not know: what it has may
-                # begin twice.) But if not one has answered anything since, it may be our network
+            tie = self.tie(meeting_id)
+            if tie is None:
+                # no server has said that it has the meeting. Those that are silent do not have it
+                # either: if it had been in their last list, or created there since, one of them
+                # would be its home. (What a server has that never gave us a list may begin twice.)
+                # But if not one has given a usable answer since, nobody knows; error pages, which
+                # are enough for `choose`, tell nothing of the meeting
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
                 # the next call asks again
                 self.absent[meeting_id] = asked
-        if home is None:
+        if tie is None:
             return None, "nowhere"
-        if home.server.is_down:
-            raise Unavailable(f"{home.server} (held)")
-        return home.server, home.why
+        if tie.server.is_down:
+            raise Unavailable(f"{tie.server} (held)")
+        return tie.server, tie.why
 
 
 def survey(directory: Directory, server: Server) -> None:
@@ -2037,8 +2039,8 @@ def watch(directory: Directory, server: Server) -> None:
         server.wake.clear()
         asked = directory.clock()
         attempt("a survey", survey, directory, server)
-        # it is still unknown if its list did not come, but it has answered other calls since, see
-        # note_down: so it is up. (One that is down gets no other calls)
+        # its list did not come. That has not marked it down, as it has answered other calls since,
+        # see note_down: so it is up. (A server that is down gets no other calls)
         if server.state == "unknown" and server.answered >= asked:
             directory.note_shown_up(server, asked)
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
@@ -2055,15 +2057,17 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as <fullName><![CDATA[Ann]]></fullName>. But "<![CDATA[" and
-# "]]>" can also be typed. For a parameter with the name userdata-a><![CDATA[ and the value x BBB
-# writes <a><![CDATA[>x</a><![CDATA[>, and goes on by itself with
+# A CDATA section that BBB wrote, such as the last one of these lines. The two before it come from
+# the name of a parameter, which was typed as userdata-a><![CDATA[ and has the value x:
+#
+#     <a><![CDATA[>x</a><![CDATA[>
 #     </customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
-# To a parser all this, from the first "<![CDATA[" to the "]]>" behind Bob, is one text; but only
-# <![CDATA[Bob]]> is a section of BBB's. So what is matched has no other beginning of a section in
-# it, and no end of one of these elements. It also is not too long, as each of its characters costs
-# memory while its end is looked for.
-# Sections that are not matched, true or not, make `parse` mend the text.
+#
+# To a parser all from the first "<![CDATA[" to the "]]>" would be one text. So a section is matched
+# only if, before its "]]>",
+# - no end of these elements comes, and no other section begins: else it was typed
+# - no more than 100,000 characters come: each costs memory while the end is looked for
+# What is not matched makes `parse` mend the text.
 CDATA = re.compile(
     r"""(?xs)
     <!\[CDATA\[
@@ -2084,8 +2088,16 @@ CUSTOM = ("customdata", "metadata")
 ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
-# What only typed names can make: an element so deep, or one in custom data that has children.
-ODD_PATHS = ("/".join("*" * MAX_DEPTH), ".//customdata/*/*", ".//metadata/*/*")
+# What only typed names can make: an element so deep; one in custom data that has children; or one
+# that is called like the custom data around it, by which that can be ended: as a name,
+# customdata></customdata><fullName>Eve</fullName><customdata makes a well-formed text.
+ODD_PATHS = (
+    "/".join("*" * MAX_DEPTH),
+    ".//customdata/*/*",
+    ".//metadata/*/*",
+    ".//customdata/customdata",
+    ".//metadata/metadata",
+)
 # No real list has so many tags. To parse 32 MiB of tiny elements would take gigabytes.
 MAX_TAGS = 2_000_000
 
@@ -2100,10 +2112,11 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = FORBIDDEN.sub(" ", answer.body.decode("utf-8", "replace"))
     text = text[text.index("<response>") :]
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
-    # BBB writes no comments and no instructions. So if anything still looks like the begin of one,
-    # or of a section, it was typed. A parser could skip what follows, and lose meetings: the text
-    # must be mended. (Without these, a typed name that ends elements around it makes no well-formed
-    # text: BBB writes each name twice, in the begin and in the end of the element)
+    # BBB writes no comments, no instructions and no DTD. So if anything still looks like the begin
+    # of one, or of a section, it was typed. A parser could skip what follows, and lose meetings:
+    # the text must be mended. (BBB writes each typed name twice, as <NAME>x</NAME>. So one that
+    # ends elements around it, such as a></a></customdata>, makes the text not well-formed, or
+    # ODD_PATHS finds it)
     if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -2118,9 +2131,9 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
 def mend(text: str) -> ET.Element:
     """What can be read of XML that is not well-formed.
 
-    Each tag is parsed by itself. One that no parser takes is left out, such as "<a b>" or "<!/>";
-    and so is an end without a begin. An element that is still open ends together with the one
-    around it.
+    Each tag is parsed by itself. One that no parser takes is left out, such as "<a b>", or what
+    begins with "<!"; and so is an end without a begin. An element that is still open ends together
+    with the one around it.
     """
     root = ET.Element("response")
     # the elements whose end has not come yet, and which may have children; the innermost last
@@ -2150,20 +2163,19 @@ def mend(text: str) -> ET.Element:
 def end_element(opened: list[ET.Element], name: str) -> None:
     """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    Within custom data, whose children are never open, an end counts only if it is
-
-    - its own, even if it is that of a child of the same name
-    - that of the meeting or recording, but not of a child. In <meeting><metadata><meeting>x
-      </meeting></metadata></meeting> the first </meeting> ends nothing. But in
-      <meeting><metadata><a>x</meeting> it ends the meeting: typed names can open a metadata that
-      does not end, and the next meeting must not become a part of this one
+    Within custom data, whose children are never open, most ends are those of children, or typed.
     """
     parent = opened[-1]
     # the root ends with the text
     may_end = opened[1:]
     if parent.tag in CUSTOM:
-        is_of_child = len(parent) > 0 and parent[-1].tag == name
-        if is_of_child or name not in ITEM_OF.values():
+        last = parent[-1].tag if len(parent) else ""
+        # </meeting> ends the meeting in <meeting><metadata><a>x</a></meeting>: typed names can open
+        # a metadata that does not end, and the next meeting must not become a part of this one. But
+        # in <metadata><meeting>x</meeting> it is the end of the child, and ends nothing
+        ends_item = name in ITEM_OF.values() and name != last
+        if not ends_item:
+            # any other end can only be </metadata> or </customdata> itself
             may_end = [parent]
     if name in [element.tag for element in may_end]:
         while opened.pop().tag != name:
@@ -2258,13 +2270,10 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
 
 def merge(shape: ListShape, lists: Iterable[list[ET.Element]]) -> list[ET.Element]:
     """The items of several servers, the newest first. Of items that are the same, the newest."""
-
-    def age(item: ET.Element) -> int:
-        return -number(item.findtext(shape.newest))
-
     every = [item for items in lists for item in items]
+    every.sort(key=lambda item: -number(item.findtext(shape.newest)))
     merged: dict[object, ET.Element] = {}
-    for item in sorted(every, key=age):
+    for item in every:
         # without an identity the item itself is the key: findtext("") finds nothing
         merged.setdefault(item.findtext(shape.identity) or item, item)
     return list(merged.values())
@@ -2552,8 +2561,8 @@ def relay_recording(directory: Directory, call: ApiCall) -> Answer:
     if not ids:
         return relay_anywhere(directory, call)
     query = f"recordID={quote_plus(','.join(ids))}&state=any"
-    # with this type a form that is too long for a URL stays a form. (Any other type is ignored, as
-    # the question has no body)
+    # with the type FORM a long query is sent as a form, see sign_again. (Any other type is ignored,
+    # as the question has no body)
     question = ApiCall("getRecordings", query, content_type=call.content_type)
     answers_of = ask_all(directory, question)
     with directory.merging[question.name]:
@@ -2579,8 +2588,7 @@ def hook_id(url: str) -> str:
 
     It is a decimal number below 2**31, as front ends expect.
     """
-    digest = hashlib.sha256(url.encode()).digest()
-    value = int.from_bytes(digest[:4], "big")
+    value = int.from_bytes(hashlib.sha256(url.encode()).digest()[:4], "big")
     return str(value % (2**31 - 1) + 1)
 
 
@@ -2635,9 +2643,9 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 # ---- routes: the table ---------------------------------------------------------------------------
 
 
-# Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them
-# or has no webhooks. So of these every answer is passed on that is no redirect, even a proxy's 502.
-# (To hooks/list a 404 means that there are no hooks, see items_of; a hooks/create it makes fail.)
+# Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them.
+# So every answer to them is passed on, even a proxy's 502, but no redirect. hooks/list is one, as
+# by a 404 a server says that it has no webhooks, see items_of; to create a hook there is a failure.
 # Of the calls about recordings only those that ask for a list are slow.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
@@ -2974,7 +2982,8 @@ PUBLIC_PAGES = (version_page, health)
 
 # ---- loading: the files and the environment ------------------------------------------------------
 
-# The variables of the environment; those that are given on the command line take their place.
+# The variables of the environment. Three of them, none a secret, can be given on the command line
+# instead, see parse_arguments.
 Environment = Mapping[str, str]
 # The variables that we know, and what --help says of them.
 VARIABLES = {
@@ -3003,7 +3012,7 @@ def shown(value: str) -> str:
     """The value of a setting as a message may show it.
 
     It is hidden unless it is short, or looks like a path, a name or an address: it could be a
-    secret, or a whole file, in the wrong place. (So a secret is shown if it is shorter than
+    secret, or a whole file, in the wrong place. (So a secret can be shown if it is shorter than
     MIN_SECRET, begins with "/", or has a "." or ":" in it.)
     """
     is_plain = re.fullmatch(r"/[\w./~@ ,()-]*|[\w./:~-]*[.:][\w./:~-]*", value)
