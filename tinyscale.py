@@ -123,11 +123,11 @@ MAX_QUERY = 7000
 # ---- settings ------------------------------------------------------------------------------------
 
 # By the length of the digest in hex, as BBB tells them apart: the caller chooses, and no setting
-# forbids one. Old front ends have only SHA-1. With SHA-1 somebody can make two texts that have the
-# same digest, also with our secret behind both. One text would have to be that of a join, in which
-# a pupil chooses the name of a person, and which a front end signs; then its checksum would fit the
-# other text, some other call. But the pairs that can be made today contain arbitrary bytes, and
-# here both may only have the characters of an encoded query, see REQUEST.
+# forbids one. Old front ends have only SHA-1, which is accepted, as no attack is known that works
+# here. It would be this: somebody makes two texts with the same SHA-1, a join and another call. He
+# chooses the name of a person in the join so that it is the one text; a front end signs it, and its
+# checksum fits the other text, too. But such pairs of texts can only be made of arbitrary bytes,
+# while these may have only the characters of an encoded query.
 ALGORITHMS = {40: "sha1", 64: "sha256", 96: "sha384", 128: "sha512"}
 
 
@@ -182,9 +182,9 @@ def checksum(name: str, query: str, secret: str, algorithm: str) -> str:
 
     The rule is that of BBB's API documentation. Nothing separates the name from the query. So who
     has a signed URL can move letters from one to the other, and the checksum stays right: that of
-    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. With that one comes from a
-    call only to names with which its own begins, or which begin with its own. No two calls of BBB
-    have such names, see ROUTES. CALL_PATH says what else a guest could do with that.
+    join?meetingID=x also fits joi?nmeetingID=x and joinm?eetingID=x. That never makes another call
+    of BBB: one of the two names would have to begin with the other one, and no two in ROUTES do.
+    What a guest could do with a name that BBB does not have is said, and prevented, at CALL_PATH.
     """
     return hashlib.new(algorithm, (name + query + secret).encode()).hexdigest()
 
@@ -215,8 +215,8 @@ def verify(
     empty query. The latter is a weakness of BBB that we must share: whoever knows the checksum of a
     call over the empty query can send any form to that call, for example to create. Front ends that
     sign forms in that way know such checksums, and so does whoever reads queries in a proxy's log.
-    A guest does not: that of join?meetingID=x is over the empty query only for a call named
-    joinmeetingID=x, and CALL_PATH takes no "=".
+    A guest does not. By moving letters, see `checksum`, the one of join?meetingID=x would be over
+    the empty query for a call with the name joinmeetingID=x; but CALL_PATH takes no "=" in a name.
 
     Raises ApiError if the checksum is missing, wrong or repeated.
     """
@@ -260,7 +260,8 @@ FORM = "application/x-www-form-urlencoded"
 # under our name. Relayed answers and our own XML have it; our HTML pages have a stricter one.
 SANDBOX = ("Content-Security-Policy", "sandbox")
 # How BBB's XML begins. What does not match is never parsed. (No DTD may get to the parser, as that
-# can declare entities with which a small text grows to gigabytes. `parse` in Part II sees to that.)
+# can declare entities with which a small text grows to gigabytes. So `parse` in Part II takes every
+# answer for UTF-8, drops all before <response>, and has no parser read what has a "<!" in it.)
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -339,8 +340,8 @@ class ApiCall:
     # raw, without its checksum: it goes on byte for byte. Printable ASCII without "#", see REQUEST
     # and read_call; what we write ourselves is made by quote_plus
     query: str = ""
-    # the decoded parameters, the checksum among them. So they are not empty once a client's call
-    # was verified: by that is_busy in Part III tells for which calls a stop must wait
+    # the decoded parameters, the checksum among them. Of a client's call they are empty until it
+    # was verified, and never after that: is_busy in Part III relies on it
     params: dict[str, str] = field(default_factory=dict)
     # slides or a file, which the checksum does not cover; with a body the call is a POST
     body: bytes = b""
@@ -397,7 +398,7 @@ class Drops(io.RawIOBase):
     The timeout of a socket alone would not do: it begins again with each drop that arrives.
 
     If the server says "Connection: close", http.client closes the socket before it reads the body.
-    But it still works as long as there is `file`, and Drops keeps that.
+    But Python really closes a socket only when all files made from it are closed, such as `file`.
     """
 
     is_late = False
@@ -514,7 +515,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         except OSError as error:
             fresh.close()
             if req.was_repeated:
-                # no URLError, as the server may have carried out the first one
+                # no URLError: the server may have carried out the first one, if it was a create. (A
+                # read is not tried elsewhere then, which is accepted)
                 raise
             raise urllib.error.URLError(error) from error
         fresh.usable_until = time.monotonic() + KEPT_FOR
@@ -546,8 +548,9 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return response
 
         connection.response_class = timed_response
-        # the head must be sent within that time, and then the body
+        # the head must be sent within that time, and then the body, also over TLS
         connection.sock.settimeout(request.timeout)
+        # (urllib has put Host and Content-Length into the fields)
         try:
             # a server may refuse a body half way, and close; its answer can be read all the same.
             # If there is no answer, getresponse raises ConnectionError
@@ -725,7 +728,7 @@ class Handler:
                 self.sock = tls.wrap_socket(
                     self.sock, server_side=True, do_handshake_on_connect=False
                 )
-                # for all of the handshake
+                # for all of the handshake, not for each read in it
                 self.sock.settimeout(HEAD_TIMEOUT)
                 self.sock.do_handshake()
             self.handle()
@@ -742,8 +745,9 @@ class Handler:
             self.respond(bug.answer(), "bug")
         finally:
             self.balancer.handlers.discard(self)
-            # (if the shutdown of an SSLSocket were not the last thing that is done with it, what
-            # follows would be sent and read in clear text, see `linger`)
+            # this calls the shutdown of SSLSocket, which ends TLS: what follows would be in clear
+            # text. But nothing follows but the close. (Before the end, `linger` and close_slowest
+            # call the shutdown of the plain socket instead)
             self.balancer.shutdown_request(self.sock)
 
     def handle(self) -> None:
@@ -769,8 +773,9 @@ class Handler:
         # for the head and a form together, or for all that `linger` reads. For the body of a call
         # that was verified it is infinite, and only SILENCE_TIMEOUT counts
         seconds = self.waiting_since + HEAD_TIMEOUT - time.monotonic()
-        # too late. But if nothing has been read yet, neither a part of a head nor all of it, there
-        # is a last try of 1 ms: if our machine was paused, it may have arrived meanwhile
+        # too late. But if nothing has been read yet, neither a part of the head (in the buffer) nor
+        # all of it (which sets the path), there is a last try of 1 ms: if our machine was paused,
+        # it may have arrived meanwhile
         if seconds <= 0 and (self.buffer or self.head.path):
             raise socket.timeout("timed out")
         self.sock.settimeout(max(0.001, min(SILENCE_TIMEOUT, seconds)))
@@ -849,8 +854,8 @@ class Handler:
         # it would carry them out
         self.allow("GET", "HEAD" if call.name == "join" else "POST")
         media_type = self.head.fields.get("content-type", "").partition(";")[0].strip().lower()
-        # the body of a join is not read: a guest has a right checksum, and could send 100 MiB
-        # slowly
+        # a GET, too, can have a body. That of a join is not read: a guest has a right checksum, and
+        # could send 100 MiB slowly
         has_body = self.head.length > 0 and call.name != "join"
         # a form is the query, if the query of the URL is empty or has nothing but the checksum. If
         # there is more in it, a body that is called a form can only be XML, see read_slides
@@ -877,8 +882,9 @@ class Handler:
         # the URL has some already; but some clients label XML as a form.
         # Accepted: BBB may take the fields of a multipart body for parameters, and they are not
         # signed. It needs such bodies for putRecordingTextTrack, but takes them for any call, and
-        # so do we. Whoever has a signed URL (a guest has only that of a join) can add parameters
-        # in this way, or perhaps replace some, with us as without us
+        # so do we. So whoever has a signed URL (a guest has only that of a join) can send it with
+        # other parameters, perhaps even another meetingID, to the server that we choose; as he
+        # could if there were one BBB server in our place
         if media_type not in (FORM, "application/xml", "text/xml", "multipart/form-data"):
             raise ApiError(
                 "unsupportedContentType", "POST request Content-Type is missing or unsupported"
@@ -905,7 +911,7 @@ class Handler:
         # noted before the sum is made: so of two at the same moment neither overlooks the other
         self.took_body = True
         # forms, for which read_call has set this type, are small: they do not count, and are never
-        # refused for that
+        # refused for that. (XML that is labelled as a form counts, as its type is not set yet)
         counted = [
             each
             for each in list(self.balancer.handlers)
@@ -926,7 +932,8 @@ class Handler:
 
         The line has the call, the meetingID, the server (or the path that was not found, or the
         caller's address), the outcome, status and time. It has no query, and no name of a person or
-        a room. The name of a call that was not verified may be any letters.
+        a room. (`note` has only our own words, hosts, and reasons of the system or of OpenSSL.) The
+        name of a call that was not verified may be any letters.
         """
         seconds = time.monotonic() - self.started
         count_call(self.balancer, self.call, outcome, seconds)
@@ -1089,8 +1096,8 @@ HOLD = 30
 # A server that has gone down is surveyed again FIRST_RETRY later, and then RETRY_INTERVAL after
 # each survey that failed; an unknown server, too. If it comes back, that should be seen within
 # HOLD. Say that it comes back x seconds after we marked it down, just after a survey was sent in
-# vain. That survey fails at x + ANSWER_TIMEOUT, and the next one finds it RETRY_INTERVAL later. So
-# its meetings stay its own if x is less than 15.
+# vain. That survey fails at x + 10 (ANSWER_TIMEOUT), and the next one finds it at x + 15. That is
+# within HOLD if x is less than 15.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1139,9 +1146,9 @@ OUR_TROUBLE = (
     errno.ENFILE,
     errno.EADDRNOTAVAIL,
 )
-# What a proxy answers if no BBB works behind it. (A 404 is here, as BBB knows all calls of which an
-# error page matters, see Server.judge.) Another server may get the call then, but not after a 504:
-# BBB got the call, and may have carried it out.
+# What a proxy answers if no BBB works behind it: an outage. After all of these but 504 another
+# server may get the call; after a 504 BBB may have carried it out, see Server.judge. (A 404 only
+# counts for the calls that are is_xml in ROUTES: a BBB knows these.)
 #
 # BBB may have carried out a create that ended in a 502, too, if it broke off in the middle. That is
 # accepted. Mostly it is being restarted then, and loses its meetings. If not, the meeting may run
@@ -1264,9 +1271,10 @@ class Server(Connections):
             self.close_kept()
             raise self.failed(call, asked, reason, Unavailable, is_of_server(error)) from error
         if request.was_repeated and answer.returncode != "SUCCESS" and not call.route.is_read:
-            # a create that was sent twice, see sign_again. The server may have carried out the
-            # first one. That a kept connection has closed is no outage, and no reason for doubts.
-            # (Before `judge`, which might let another server have the create)
+            # it can only be a create that was sent twice, see sign_again. The server may have
+            # carried out the first one, whatever it says to the second. That a kept connection has
+            # closed is no outage, and no reason for doubts. (Before `judge`, which might let
+            # another server have the create)
             raise Unavailable(f"{self} (it refused a repeat)")
         self.judge(call, asked, answer)
         self.note_answer(call, asked)
@@ -1275,8 +1283,8 @@ class Server(Connections):
     def note_answer(self, call: ApiCall, asked: float) -> None:
         """Note that a call, which was sent at the time `asked`, got a usable answer.
 
-        That does not mark the server up: this is done after a survey, which should first tell which
-        meetings the server has.
+        That does not mark the server up: `survey` or `watch` does, as first its meetings should be
+        known.
         """
         self.warned.pop(call.name, None)
         if not call.route.tells_health:
@@ -1301,10 +1309,10 @@ class Server(Connections):
         status = answer.status
         refusal = b"<messageKey>checksumError</messageKey>"
         if answer.returncode == "FAILED" and refusal in answer.body:
-            # the server is marked down for this: its secret in servers.json must be wrong. No
-            # caller can bring it about, as verify lets no second checksum through, however it is
-            # written. (BBB also says this of parameters in a body, and an old one of a long form.
-            # `failed` does not mark the server down for such calls)
+            # this marks the server down, as the secret must be wrong. No caller can bring it about:
+            # what we send has one checksum at its end, as verify lets no other one through. (BBB
+            # also says this of parameters in a body, and an old one of a long form. `failed` does
+            # not mark the server down for such calls)
             reason = "it refuses our checksum: compare the secret with 'bbb-conf --secret' there"
             raise self.failed(call, asked, reason, NotCarriedOut)
         is_redirect = 300 <= status < 400
@@ -1339,10 +1347,11 @@ class Server(Connections):
 
         Return the error to raise.
         """
-        # a server that is well may refuse a call that has a body, or is too long for a URL
+        # a server that is well may refuse a call that has a body, or is too long for a URL. So such
+        # a call never marks it down, even if it is silent: the next survey does
         is_odd = bool(call.body) or len(call.query) > MAX_QUERY
-        # a create failed: the server is in doubt until two surveys were good. But not if this was
-        # no outage, and it surely did not get the create: then only our own machine had trouble
+        # a create failed by an outage, or may have been carried out: the server is in doubt until
+        # two surveys were good. (What is left is trouble of our own machine)
         if call.name == "create" and not is_odd and (is_outage or error is Unavailable):
             self.doubts = 2
         if is_outage and call.route.tells_health and not is_odd:
@@ -1642,7 +1651,8 @@ class Directory:
                 told = {*listed, *(info.internal_id for info in infos)}
                 ties: Iterable[tuple[str, Meeting | Claim]]
                 ties = [*self.meetings.items(), *self.claims.items()]
-                # (also of claims with a create on its way: its yes will be newer, see `release`)
+                # (also of claims with a create on its way. That does not end them, see end_claim;
+                # and the yes of that create will be newer than this no, see `release`)
                 for key, tie in ties:
                     if tie.server is server and key not in told:
                         self.forget(server, key, asked)
@@ -1652,7 +1662,7 @@ class Directory:
                     if known is None:
                         # a hint. As it is older than everything, the next call for this meeting
                         # asks the servers first, and any answer counts more. (`remember` ignores it
-                        # if it knows of a server that is lost by now)
+                        # if there is any, a denial or a Meeting of a server that is lost by now)
                         self.remember(server, MeetingInfo(meeting_id), LONG_AGO)
                     elif (
                         isinstance(known, Meeting)
@@ -1665,8 +1675,8 @@ class Directory:
             server.listed = listed
             self.drop_old(asked - MEETING_TTL)
             server.surveyed = asked
-            # while the lock is still held. Else a create could come between the two, see a server
-            # that has been down for longer than HOLD, and begin one of its meetings elsewhere
+            # while the lock is still held. If a create came between the noting of the meetings and
+            # this, it could find their server still lost, and begin one of them elsewhere
             self.note_shown_up(server, asked)
 
     def drop_old(self, old: float) -> None:
@@ -1747,8 +1757,9 @@ class Directory:
             if tie is None:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
-            # after a no there would be no tie; after a yes it would be a Meeting with the time
-            # `asked` or later; and if a create is on its way there, tie.asked is NEVER
+            # the home has not answered the question that was asked at that time: a no would have
+            # ended the tie, a yes made it a Meeting that is not older. Nor is a create on its way
+            # there, for which tie.asked would be NEVER
             is_silent = tie.asked < asked
             if is_silent and tie.server.entry.cordoned:
                 # if it were not cordoned, it would get the create all the same. But the meeting may
@@ -1956,8 +1967,8 @@ class Directory:
         asked = self.clock()
         try:
             self.ask_for(meeting_id, [server for server in self.servers if not server.is_down])
-            # a new server may have it, and not have answered: its first survey tells. (That is also
-            # waited for if it has said no; mostly it has come by then)
+            # a new server may have it, and not have answered: its first survey tells. (We wait for
+            # that even if it has said no, as mostly it has come by then)
             while self.tie(meeting_id) is None and any(each.is_new for each in self.servers):
                 time.sleep(0.02)
         finally:
@@ -1983,10 +1994,10 @@ class Directory:
             tie = self.tie(meeting_id)
             if tie is None:
                 # no server has said that it has the meeting. Those that are silent do not have it
-                # either: if it had been in their last list, or created there since, one of them
-                # would be its home. (What a server has that never gave us a list may begin twice.)
-                # But if not one has given a usable answer since, nobody knows; error pages, which
-                # are enough for `choose`, tell nothing of the meeting
+                # either: a meeting that was in their last list, or created there since, is tied to
+                # them, unless they are lost. (What a server has that never gave us a list may begin
+                # twice.) But if not one has given a usable answer since, nobody knows. (Error
+                # pages, which are enough for `choose`, tell nothing of the meeting)
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
@@ -2023,9 +2034,9 @@ def survey(directory: Directory, server: Server) -> None:
     infos = [info for info in told if info.meeting_id]
     directory.learn(server, infos, asked, is_whole)
     if not was_up or not server.version:
-        # it may be a new version. The call without a name tells it to anybody: BBB does not look
-        # at its checksum. (That is the digest of the secret alone. It fits no other call, and tells
-        # no more of the secret than that of any other call)
+        # it may be a new version. The call without a name tells it to anybody; an error page leaves
+        # it empty, see OTHER_CALL. (It is signed only as all calls are. Its checksum, the digest of
+        # the secret alone, fits no other call, and tells no more of the secret than others)
         root, _ = parse(server.call_unlimited(ApiCall("")))
         server.version = re.sub("[^!-~]", "", root.findtext("bbbVersion", ""))
 
@@ -2039,8 +2050,8 @@ def watch(directory: Directory, server: Server) -> None:
         server.wake.clear()
         asked = directory.clock()
         attempt("a survey", survey, directory, server)
-        # its list did not come. That has not marked it down, as it has answered other calls since,
-        # see note_down: so it is up. (A server that is down gets no other calls)
+        # the survey failed, but has not marked it down, as note_down knows that it has answered
+        # another call since: so it is up
         if server.state == "unknown" and server.answered >= asked:
             directory.note_shown_up(server, asked)
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
@@ -2057,15 +2068,15 @@ def watch(directory: Directory, server: Server) -> None:
 
 # XML 1.0 has none of these characters; but a name that somebody typed may have them.
 FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# A CDATA section that BBB wrote, such as the last one of these lines. The two before it come from
-# the name of a parameter, which was typed as userdata-a><![CDATA[ and has the value x:
+# A CDATA section that BBB wrote, such as Bob's name in the last line. But the beginning of one can
+# be typed: this comes of a parameter called userdata-a><![CDATA[ with the value x
 #
-#     <a><![CDATA[>x</a><![CDATA[>
-#     </customdata></attendee><attendee><fullName><![CDATA[Bob]]></fullName>
+#     <customdata><a><![CDATA[>x</a><![CDATA[></customdata></attendee>
+#     <attendee><fullName><![CDATA[Bob]]></fullName>
 #
 # To a parser all from the first "<![CDATA[" to the "]]>" would be one text. So a section is matched
 # only if, before its "]]>",
-# - no end of these elements comes, and no other section begins: else it was typed
+# - no </customdata>, </meeting> and so on comes, and no other section begins: else it was typed
 # - no more than 100,000 characters come: each costs memory while the end is looked for
 # What is not matched makes `parse` mend the text.
 CDATA = re.compile(
@@ -2089,8 +2100,9 @@ ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
 # What only typed names can make: an element so deep; one in custom data that has children; or one
-# that is called like the custom data around it, by which that can be ended: as a name,
-# customdata></customdata><fullName>Eve</fullName><customdata makes a well-formed text.
+# that is called like the custom data around it, which can be ended by that. For BBB writes each
+# typed name twice, as <NAME>x</NAME>. If it is customdata></customdata><b>1</b><customdata, the
+# </customdata> in the second one ends the true <customdata>, and the text stays well-formed.
 ODD_PATHS = (
     "/".join("*" * MAX_DEPTH),
     ".//customdata/*/*",
@@ -2114,9 +2126,9 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # BBB writes no comments, no instructions and no DTD. So if anything still looks like the begin
     # of one, or of a section, it was typed. A parser could skip what follows, and lose meetings:
-    # the text must be mended. (BBB writes each typed name twice, as <NAME>x</NAME>. So one that
-    # ends elements around it, such as a></a></customdata>, makes the text not well-formed, or
-    # ODD_PATHS finds it)
+    # the text must be mended. (Any other name that ends the element around it has that end tag in
+    # both of its copies. In the first it must end a child, in the second the custom data: so in a
+    # text that is well-formed that child is called like the custom data, see ODD_PATHS)
     if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -2163,19 +2175,22 @@ def mend(text: str) -> ET.Element:
 def end_element(opened: list[ET.Element], name: str) -> None:
     """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    Within custom data, whose children are never open, most ends are those of children, or typed.
+    If there is none, the tag is ignored. Children of custom data are never open. So in
+    <meeting><metadata><a>1</a><meeting>2</meeting>
+
+    - </a> and </meeting> are ignored: they belong to these children
+    - a </metadata> after that ends the metadata
+    - a </meeting> after that would be ignored; but without the second child, it would end the
+      meeting: typed names can open a metadata that does not end, and the next meeting should not
+      become a part of this one
     """
     parent = opened[-1]
     # the root ends with the text
     may_end = opened[1:]
     if parent.tag in CUSTOM:
         last = parent[-1].tag if len(parent) else ""
-        # </meeting> ends the meeting in <meeting><metadata><a>x</a></meeting>: typed names can open
-        # a metadata that does not end, and the next meeting must not become a part of this one. But
-        # in <metadata><meeting>x</meeting> it is the end of the child, and ends nothing
         ends_item = name in ITEM_OF.values() and name != last
         if not ends_item:
-            # any other end can only be </metadata> or </customdata> itself
             may_end = [parent]
     if name in [element.tag for element in may_end]:
         while opened.pop().tag != name:
@@ -2322,7 +2337,8 @@ def create(directory: Directory, call: ApiCall) -> Answer:
             if directory.clock() > deadline - LONG_TIMEOUT / 2:
                 raise
             # if another create of this meeting is on its way to that server, the claim stays. Then
-            # `place` comes to this server again, and add_claim raises Unavailable
+            # `place` comes to this server again, and add_claim raises Unavailable: the other create
+            # may yet succeed there
             tried.add(server)
         finally:
             # the claim ends, or stays if the server may have carried out the create
@@ -2330,7 +2346,7 @@ def create(directory: Directory, call: ApiCall) -> Answer:
 
 
 def place(directory: Directory, call: ApiCall, tried: Servers) -> tuple[Server, str]:
-    """Choose the server for a create that these were tried for in vain, and give it a claim.
+    """Choose the server for a create, and give it a claim. Those in `tried` were tried in vain.
 
     All servers are asked for the meeting first, unless its home is known. Returns the server, and
     why it is this one. Raises Unavailable like Directory.assign.
@@ -2645,7 +2661,7 @@ def destroy_hook(directory: Directory, call: ApiCall) -> Answer:
 
 # Calls that are not is_xml may be answered in JSON, or with a 404 by a BBB that does not know them.
 # So every answer to them is passed on, even a proxy's 502, but no redirect. hooks/list is one, as
-# by a 404 a server says that it has no webhooks, see items_of; to create a hook there is a failure.
+# by a 404 a server says that it has no webhooks, see items_of; after a 404 hooks/create has failed.
 # Of the calls about recordings only those that ask for a list are slow.
 ROUTES = {
     "create": Route(create, tells_health=True, is_long=True),
@@ -3054,6 +3070,8 @@ def base_url(host: object) -> str:
     "https://bbb1/bigbluebutton/api" all become "https://bbb1"; "HTTP://[::1]:80/a/b/bigbluebutton"
     becomes "http://[::1]:80/a/b". "https://bbb1/bigbluebutton/a" is none.
     """
+    # scheme, host and port; then a path, as short as possible, in which no part is bigbluebutton;
+    # then /bigbluebutton or /bigbluebutton/api, if it is there; then a slash
     match = re.fullmatch(
         r"(?ai)(https?://(?:[\w-]{1,63}(?:\.[\w-]{1,63})*\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
         r"((?:/(?!bigbluebutton/)[\w.~-]+)*?)(/bigbluebutton(/api)?)?/?",
@@ -3307,7 +3325,7 @@ def read_settings(environment: Environment, needs_servers: bool = True) -> Setti
     secrets = read_secrets(given["TINYSCALE_SECRET"], given["TINYSCALE_SECRET_FILE"])
     tls = read_tls(given["TINYSCALE_CERT"], given["TINYSCALE_KEY"])
     has_journal = is_journal(given["JOURNAL_STREAM"])
-    # last, as it reads files that were found readable only now
+    # last, as it reads files again: by now it is sure that they can be read
     warnings = list(read_warnings(given, secrets, secret_files, is_socket_unit))
     # in the order of the fields of Settings
     return Settings(
@@ -3573,8 +3591,8 @@ def examine(directory: Directory, server: Server) -> str:
     with suppress(Unavailable):
         survey(directory, server)
     digests = []
-    # the digests are tried only if it answers: it is up, or it refuses our checksum, as
-    # Server.judge words it
+    # the digests are tried only if it answers: it is up, or Server.judge gave the reason that "it
+    # refuses our checksum"
     if server.is_up or "checksum" in server.reason:
         for digest in ALGORITHMS.values():
             other = Server(replace(server.entry, checksum=digest))
