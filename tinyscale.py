@@ -211,9 +211,9 @@ def verify(
     """Verify the checksum in a raw query. Return the query without it, and the decoded parameters.
 
     A form is a query that is sent in the body; if its checksum is in the URL, read_call has put
-    both together. The checksum is over the form's raw text or, as BBB allows since 2.6.18, over the
-    empty query. The latter is a weakness of BBB that we must share: whoever knows the checksum of a
-    call over the empty query can send any form to that call, for example to create. Front ends that
+    both together. Front ends make the checksum over the form's raw text or, as BBB wants it since
+    2.6.18, over the empty query. The latter is a weakness of BBB that we must share: whoever knows
+    the checksum of a call over the empty query can send any form to that call. Front ends that
     sign forms in that way know such checksums, and so does whoever reads queries in a proxy's log.
     A guest does not. By moving letters, see `checksum`, the one of join?meetingID=x would be over
     the empty query for a call with the name joinmeetingID=x; but CALL_PATH takes no "=" in a name.
@@ -261,7 +261,8 @@ FORM = "application/x-www-form-urlencoded"
 SANDBOX = ("Content-Security-Policy", "sandbox")
 # How BBB's XML begins. What does not match is never parsed. (No DTD may get to the parser, as that
 # can declare entities with which a small text grows to gigabytes. So `parse` in Part II takes every
-# answer for UTF-8, drops all before <response>, and has no parser read what has a "<!" in it.)
+# answer for UTF-8, drops all before <response>, replaces BBB's CDATA sections by their text, and
+# has no parser read what still has a "<!" in it.)
 RETURNCODE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml [^>]*>\s*)?"
     rb"<response>\s*<returncode>(SUCCESS|FAILED)</returncode>"
@@ -398,7 +399,9 @@ class Drops(io.RawIOBase):
     The timeout of a socket alone would not do: it begins again with each drop that arrives.
 
     If the server says "Connection: close", http.client closes the socket before it reads the body.
-    But Python really closes a socket only when all files made from it are closed, such as `file`.
+    But Python really closes a socket only when all files made from it are closed, such as `file`:
+    until then it can be read, and given a timeout. `file` is closed by Python when nothing refers
+    to it any more: it goes with this object, at the end of the answer.
     """
 
     is_late = False
@@ -469,8 +472,10 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """The call as a request to this server.
 
         A form that is too long for a URL is sent as a form. Its checksum is over the empty query:
-        BBB takes that since 2.6.18, see verify; an older one refuses it. Such a checksum is worth
-        more than others, but nobody should see it but that server, which knows its own secret.
+        BBB makes it over nothing else since 2.6.18, see verify. (Before, it made it over the
+        parameters, sorted and encoded anew. We do not try that, so an older BBB refuses long
+        forms.) Such a checksum is worth more than others, but nobody should see it but that server,
+        which knows its own secret.
         """
         body = call.body
         url = self.url_for(call.name, call.query)
@@ -548,7 +553,8 @@ class Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             return response
 
         connection.response_class = timed_response
-        # the head must be sent within that time, and then the body, also over TLS
+        # the head must be sent within that time, and then the body, also over TLS. (The deadline
+        # for the answer runs meanwhile: after an upload that took all of it, only LATE is left)
         connection.sock.settimeout(request.timeout)
         # (urllib has put Host and Content-Length into the fields)
         try:
@@ -1095,9 +1101,8 @@ SURVEY_INTERVAL = 10
 HOLD = 30
 # A server that has gone down is surveyed again FIRST_RETRY later, and then RETRY_INTERVAL after
 # each survey that failed; an unknown server, too. If it comes back, that should be seen within
-# HOLD. Say that it comes back x seconds after we marked it down, just after a survey was sent in
-# vain. That survey fails at x + 10 (ANSWER_TIMEOUT), and the next one finds it at x + 15. That is
-# within HOLD if x is less than 15.
+# HOLD. The worst case: it was marked down at 0 s, a survey is sent to it at 14 s, in vain, and just
+# then it comes back. That survey fails at 24 s (ANSWER_TIMEOUT), the next one finds it at 29 s.
 FIRST_RETRY = 1
 RETRY_INTERVAL = 5
 # How long a meeting is believed to be where it was last seen: two surveys may fail. After that it
@@ -1196,7 +1201,8 @@ class Server(Connections):
         # was SENT: no failure of an older one marks it down, see note_down
         self.answered = 0.0
         # the same of calls that got any answer, even an error page. That is what `choose` asks for,
-        # as some servers answer getMeetingInfo with an error page if they lack the meeting
+        # as some servers answer getMeetingInfo with a status of 500 if they lack the meeting, which
+        # is no outage
         self.reacted = 0.0
         # how many seconds its last answer took, to a read that tells its health
         self.took = 0.0
@@ -1283,8 +1289,8 @@ class Server(Connections):
     def note_answer(self, call: ApiCall, asked: float) -> None:
         """Note that a call, which was sent at the time `asked`, got a usable answer.
 
-        That does not mark the server up: `survey` or `watch` does, as first its meetings should be
-        known.
+        That does not mark the server up: `survey` or `watch` does, as its meetings should be known
+        first, if they can be.
         """
         self.warned.pop(call.name, None)
         if not call.route.tells_health:
@@ -1469,7 +1475,8 @@ class Directory:
     - the home of a meeting is the server to which a create of it must go. What ties the meeting to
       it is a Meeting or a Claim, see `tie`
     - a meeting is HELD while its home is down: calls for it fail, and it may not begin elsewhere
-    - after HOLD seconds it is LOST: the next create begins it anew on another server
+    - after HOLD seconds it is LOST: the next create begins it anew on another server. (If all
+      servers were down, it can be HELD again after that, see is_lost)
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1661,8 +1668,9 @@ class Directory:
                     known = self.tie(meeting_id)
                     if known is None:
                         # a hint. As it is older than everything, the next call for this meeting
-                        # asks the servers first, and any answer counts more. (`remember` ignores it
-                        # if there is any, a denial or a Meeting of a server that is lost by now)
+                        # asks the servers first, and any answer counts more. (So `remember` ignores
+                        # it if this server has denied the meeting, or if there is still a Meeting
+                        # of a server that is lost by now)
                         self.remember(server, MeetingInfo(meeting_id), LONG_AGO)
                     elif (
                         isinstance(known, Meeting)
@@ -1745,8 +1753,8 @@ class Directory:
     ) -> tuple[Server, str]:
         """Choose the server for a create, and give it a claim. Return it, and why it is this one.
 
-        All servers were asked for the meeting at the time `asked`. The home of the meeting gets the
-        create, or, if there is none, a server that `choose` chooses.
+        All servers that were not down were asked for the meeting at the time `asked`. The home of
+        the meeting gets the create, or, if there is none, a server that `choose` chooses.
 
         Raises Unavailable if that server is down, or was tried in vain; or if it is cordoned, and
         has not said that it has the meeting. (If another create of it is on its way there, it need
@@ -1757,9 +1765,8 @@ class Directory:
             if tie is None:
                 server, why = self.choose(tried, asked, parent)
                 return self.add_claim(meeting_id, server, why, tried)
-            # the home has not answered the question that was asked at that time: a no would have
-            # ended the tie, a yes made it a Meeting that is not older. Nor is a create on its way
-            # there, for which tie.asked would be NEVER
+            # after a no of the home there would be no tie. After a yes tie.asked would be `asked`,
+            # or later. While a create is on its way there, it is NEVER. So what is left is silence
             is_silent = tie.asked < asked
             if is_silent and tie.server.entry.cordoned:
                 # if it were not cordoned, it would get the create all the same. But the meeting may
@@ -1947,8 +1954,9 @@ class Directory:
             # (else it told of another meeting: BBB first looks for a meeting whose internal ID
             # begins like this ID. That is neither a yes nor a no)
 
-        # say A has said yes, but `remember` ignored it, as B had a claim, or a newer meeting. If B
-        # has said no since, or its create has failed, A's yes counts: so it is noted once more
+        # `remember` ignored these, as the meeting was tied to another server, by a claim or by a
+        # newer Meeting. While the other answers came in, that tie may have ended, by a no or a
+        # create that failed. So each yes is noted once more
         for server, info in ignored:
             self.remember(server, info, asked)
 
@@ -1993,11 +2001,10 @@ class Directory:
             asked = self.probe(meeting_id)
             tie = self.tie(meeting_id)
             if tie is None:
-                # no server has said that it has the meeting. Those that are silent do not have it
-                # either: a meeting that was in their last list, or created there since, is tied to
-                # them, unless they are lost. (What a server has that never gave us a list may begin
-                # twice.) But if not one has given a usable answer since, nobody knows. (Error
-                # pages, which are enough for `choose`, tell nothing of the meeting)
+                # "nowhere" takes one usable answer since that time. (Error pages, which are enough
+                # for `choose`, tell nothing of the meeting.) Servers that are silent are no reason
+                # for doubt: what was in their last list, or was created there since, is tied to
+                # them. (Only what a server has that never gave us a list may begin twice)
                 if not any(server.answered >= asked for server in self.servers):
                     raise Unavailable("no server gives a usable answer")
                 # this counts from the question, too. So if servers are slow, it is soon over, and
@@ -2051,7 +2058,9 @@ def watch(directory: Directory, server: Server) -> None:
         asked = directory.clock()
         attempt("a survey", survey, directory, server)
         # the survey failed, but has not marked it down, as note_down knows that it has answered
-        # another call since: so it is up
+        # another call since: so it is up, though its meetings are not known. Else it would be
+        # unknown for as long as its list does not come. (If it was down, its meetings may have
+        # begun elsewhere: then only a good survey brings it back)
         if server.state == "unknown" and server.answered >= asked:
             directory.note_shown_up(server, asked)
         seconds = SURVEY_INTERVAL if server.is_up else RETRY_INTERVAL
@@ -2100,9 +2109,15 @@ ITEM_OF = {"meetings": "meeting", "recordings": "recording"}
 # Nothing of BBB is nested so deep; and ElementTree cannot write what is nested a thousand deep.
 MAX_DEPTH = 30
 # What only typed names can make: an element so deep; one in custom data that has children; or one
-# that is called like the custom data around it, which can be ended by that. For BBB writes each
-# typed name twice, as <NAME>x</NAME>. If it is customdata></customdata><b>1</b><customdata, the
-# </customdata> in the second one ends the true <customdata>, and the text stays well-formed.
+# that is called like the custom data around it. By that it can be ended, in a text that is
+# well-formed: BBB writes each typed name twice, as <NAME>x</NAME>. If the name is
+# customdata></customdata><b>1</b><customdata, BBB writes, from the true <customdata> on,
+#     <customdata>
+#       <customdata></customdata><b>1</b><customdata>x</customdata>
+#     </customdata>
+#     <b>1</b><customdata></customdata>
+# No other name can end it: the same end tag, </customdata>, is in both copies of the name, and if
+# it ends the true one in the second, it ends a child in the first, which must have that name.
 ODD_PATHS = (
     "/".join("*" * MAX_DEPTH),
     ".//customdata/*/*",
@@ -2126,9 +2141,8 @@ def parse(answer: Answer) -> tuple[ET.Element, bool]:
     text = CDATA.sub(lambda section: html.escape(section[1]), text)
     # BBB writes no comments, no instructions and no DTD. So if anything still looks like the begin
     # of one, or of a section, it was typed. A parser could skip what follows, and lose meetings:
-    # the text must be mended. (Any other name that ends the element around it has that end tag in
-    # both of its copies. In the first it must end a child, in the second the custom data: so in a
-    # text that is well-formed that child is called like the custom data, see ODD_PATHS)
+    # the text must be mended. (Other names can do harm in a well-formed text only in the ways that
+    # ODD_PATHS finds)
     if "<!" not in text and "<?" not in text:
         with suppress(ET.ParseError):
             root = ET.fromstring(text)
@@ -2175,14 +2189,15 @@ def mend(text: str) -> ET.Element:
 def end_element(opened: list[ET.Element], name: str) -> None:
     """End the innermost open element of this name, and all that is open in it, at an end tag.
 
-    If there is none, the tag is ignored. Children of custom data are never open. So in
-    <meeting><metadata><a>1</a><meeting>2</meeting>
+    If there is none, the tag is ignored. Children of custom data are never open, so most ends in it
+    are those of children. There </meeting> or </recording> ends the item around it, unless the last
+    child has that name; any other end can only end the custom data:
 
-    - </a> and </meeting> are ignored: they belong to these children
-    - a </metadata> after that ends the metadata
-    - a </meeting> after that would be ignored; but without the second child, it would end the
-      meeting: typed names can open a metadata that does not end, and the next meeting should not
-      become a part of this one
+    - <meeting><metadata><a>1</a>: </a> is ignored
+    - <meeting><metadata><a>1</a></metadata>: </metadata> ends the metadata
+    - <meeting><metadata><meeting>2</meeting>: </meeting> is ignored
+    - <meeting><metadata><a>1</a></meeting>: </meeting> ends the meeting. (Typed names can open a
+      metadata that does not end. The next meeting should not become a part of this one)
     """
     parent = opened[-1]
     # the root ends with the text
@@ -2277,7 +2292,8 @@ def items_of(shape: ListShape, answer: Answer) -> list[ET.Element] | None:
     items = found.findall(shape.item)
     # a list that had to be mended may have lost items. Of meetings the others are still useful. But
     # a front end would take a lost recording for a deleted one. And a list of hooks has no names
-    # that people typed: if it must be mended, it is broken. (Each recording has one <recordID>)
+    # that people typed: if it must be mended, it is broken. (Each recording has one <recordID>.
+    # What front ends write into metadata could make the count right by chance: that is accepted)
     has_all = shape.item == "recording" and answer.body.count(b"<recordID>") == len(items)
     is_usable = is_whole or has_all or shape.item == "meeting"
     return items if is_usable else None
