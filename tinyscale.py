@@ -2088,6 +2088,9 @@ FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # - no </customdata>, </meeting> and so on comes, and no other section begins: else it was typed
 # - no more than 100,000 characters come: each costs memory while the end is looked for
 # What is not matched makes `parse` mend the text.
+#
+# We rely on BBB to escape the values that people type, such as Bob's name: with a "]]>" and markup
+# in it that could write whole meetings, which could not be told from true ones.
 CDATA = re.compile(
     r"""(?xs)
     <!\[CDATA\[
