@@ -1683,6 +1683,21 @@ class HttpTest(ClusterTest):
                     self.assertFalse(until(lambda: is_busy(self.balancer) != is_waited_for, 0.1))
                 self.assertTrue(until(lambda: not self.balancer.handlers))
 
+    def test_a_stop_waits_until_an_answer_is_sent_also_if_the_body_is_not_wanted(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            handler = tinyscale.Handler(self.balancer, ours, "127.0.0.1")
+            handler.head = handler.head._replace(path="/bigbluebutton/api/join", length=9)
+            handler.call.params = {"meetingID": "room"}
+            self.clock.ahead += 2
+            # as `respond` does before it sends
+            handler.waiting_since = self.clock.monotonic()
+            self.balancer.handlers.add(handler)
+            self.addCleanup(self.balancer.handlers.discard, handler)
+            self.assertTrue(tinyscale.is_busy(self.balancer))
+            handler.is_answered = True
+            self.assertFalse(tinyscale.is_busy(self.balancer))
+
     def test_who_knows_the_secret_may_send_its_slides_slowly(self):
         head = f"POST {self.PATH} HTTP/1.1\r\nContent-Type: text/xml\r\nContent-Length: 9\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self.port), 5) as connection:
@@ -3836,8 +3851,8 @@ def release_when_silent(self, meeting_id, may_have, info=None):
 
 
 def tie_without_claims(self, meeting_id):
-    home = tinyscale.Directory.tie(self, meeting_id)
-    return None if isinstance(home, tinyscale.Claim) else home
+    tie = tinyscale.Directory.tie(self, meeting_id)
+    return None if isinstance(tie, tinyscale.Claim) else tie
 
 
 def release_if_claimed(self, meeting_id, may_have, info=None):
@@ -4012,9 +4027,9 @@ class Play:
         """What is alive and known is found without asking."""
         for server in self.directory.servers:
             for meeting_id, life in self.machines[str(server)].lives.items():
-                home = self.directory.tie(meeting_id)
-                if life.is_known and not (home and home.server is server):
-                    raise AssertionError(f"{meeting_id} is on {server}, not at {home}")
+                tie = self.directory.tie(meeting_id)
+                if life.is_known and not (tie and tie.server is server):
+                    raise AssertionError(f"{meeting_id} is on {server}, not at {tie}")
 
     def is_lost(self, server):
         return server.is_down and self.now - server.since >= tinyscale.HOLD

@@ -943,7 +943,7 @@ class Handler:
         """
         seconds = time.monotonic() - self.started
         count_call(self.balancer, self.call, outcome, seconds)
-        if self.head.path not in PAGES or answer.status >= 400:
+        if self.call.name not in PAGES or answer.status >= 400:
             log.info(
                 f"{self.call.name:.99} {self.call.meeting_id!r:.300} "
                 f"{self.call.note or self.address} "
